@@ -1,0 +1,239 @@
+"""The configuration that all programs share: config.json, --config FILE, --set key=value.
+
+`config.json` holds every key; another file overrides some of them or all; `--set` overrides both.
+A configuration is a plain dict, as in the original. FIELDS below says what each key may hold.
+"""
+import json
+import math
+import os
+import sys
+
+from absl import app, flags, logging
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # before TensorFlow is imported: quiet start
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
+
+flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
+flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')
+
+
+class UserError(ValueError):
+    """A mistake of the user's, told in one line: what is wrong and what would fit."""
+
+
+def run(main):
+    """Runs main() as an absl program; a user's mistake ends it with one line and exit status 2."""
+    name = os.path.basename(sys.argv[0])
+
+    def guarded(argv):
+        logging.set_verbosity(logging.WARNING)
+        try:
+            if len(argv) > 1:
+                raise UserError(f'{argv[1]!r} is not an option; {name} --help lists them')
+            main()
+        except UserError as error:
+            print(f'{name}: {error}', file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:  # a full disk, a folder that may not be written, ...
+            print(f'{name}: {error.filename or "the system"}: {error.strerror or error}',
+                  file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f'\n{name}: stopped', file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded)
+
+
+def _text(value):
+    return isinstance(value, str) and value.strip() != ''
+
+
+def _boolean(value):
+    return isinstance(value, bool)
+
+
+def _integer(low, high=None):
+    def check(value):
+        return (isinstance(value, int) and not isinstance(value, bool)
+                and value >= low and (high is None or value <= high))
+    return check, f'an integer of {low} or more' if high is None else f'an integer, {low} to {high}'
+
+
+def _number(low, high=None, above=False):
+    def check(value):
+        return (isinstance(value, (int, float)) and not isinstance(value, bool)
+                and math.isfinite(value) and (value > low if above else value >= low)
+                and (high is None or value <= high))
+    return check, (f'a number {"above" if above else "from"} {low}'
+                   + (f' to {high}' if high is not None else ''))
+
+
+def _choice(*values):
+    return (lambda value: value in values and isinstance(value, str)), 'one of ' + ', '.join(values)
+
+
+def _schedule(value):
+    step_ok, rate_ok = _integer(0)[0], _number(0, above=True)[0]
+    return (isinstance(value, list) and len(value) > 0
+            and all(isinstance(pair, list) and len(pair) == 2 and step_ok(pair[0])
+                    and rate_ok(pair[1]) for pair in value)
+            and value[0][0] == 0
+            and all(a[0] < b[0] for a, b in zip(value, value[1:])))
+
+
+def _classes(value):
+    return value is None or (isinstance(value, list) and len(value) >= 2
+                             and all(_text(name) for name in value)
+                             and len(set(value)) == len(value))
+
+
+SEED = _integer(0, 2 ** 31 - 1)
+FOLDER = _text, 'the path of a folder'
+
+# key: (check, what would fit). In the order of config.json.
+FIELDS = {
+    'model_dir': FOLDER,
+    'data_path': FOLDER,
+    'tf_random_seed': SEED,
+    'np_random_seed': SEED,
+    'max_num_training_steps': _integer(1),
+    'num_output_steps': _integer(1),
+    'num_summary_steps': _integer(1),
+    'num_checkpoint_steps': _integer(1),
+    'training_batch_size': _integer(2),
+    'step_size_schedule': (_schedule, '[step, learning rate] pairs such as [[0, 0.1], [40000, '
+                           '0.01]]: the first step 0, steps growing, rates above 0'),
+    'weight_decay': _number(0),
+    'momentum': _number(0, 1),
+    'num_eval_examples': _integer(1),
+    'eval_batch_size': _integer(1),
+    'eval_on_cpu': (_boolean, 'true or false'),
+    'epsilon': _number(0, 255),
+    'num_steps': _integer(1),
+    'step_size': _number(0, 255),
+    'random_start': (_boolean, 'true or false'),
+    'loss_func': _choice('xent', 'cw'),
+    'store_adv_path': (_text, 'the path of a .npy file'),
+    'training_mode': _choice(*TRAINING_MODES),
+    'shaping_ratio': _integer(1),
+    'inference_shaping_ratio': _integer(0),
+    'shaping_batch_size': _integer(2),
+    'dataset': _choice('cifar10', 'synthetic'),
+    'classes': (_classes, 'null, or a list of two or more different label names'),
+    'data_augmentation': (_boolean, 'true or false'),
+    'num_residual_units': _integer(1),
+    'width_factor': _integer(1),
+    'precision': _choice('float32', 'mixed_bfloat16'),
+    'xla': _choice('auto', 'on', 'off'),
+    'fgsm_epsilon': _number(0, 255),
+}
+
+
+def _pairs(pairs):
+    """json.loads's object_pairs_hook: refuses a key given twice, drops the original's _comment."""
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise UserError(f'the key {key!r} is given twice')
+        if key != '_comment':
+            result[key] = value
+    return result
+
+
+def read_json(path):
+    """Returns the dict in a JSON file. Raises UserError, with one line, when there is none."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            value = json.load(f, object_pairs_hook=_pairs)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f'{path} cannot be read: '
+                        f'{getattr(error, "strerror", None) or type(error).__name__}') from None
+    except ValueError as error:
+        raise UserError(f'{path} is not JSON: {error}') from None
+    if not isinstance(value, dict):
+        raise UserError(f'{path} holds {type(value).__name__}; an object of keys would fit')
+    return value
+
+
+def parse_setting(setting):
+    """Returns (key, value) of 'key=value'; the value is JSON, or text where the key wants text."""
+    key, equals, text = setting.partition('=')
+    if not equals:
+        raise UserError(f'--set {setting}: key=value would fit')
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return key, text
+    wants_text = key in FIELDS and FIELDS[key][0](text) and not FIELDS[key][0](value)
+    return key, text if wants_text else value
+
+
+def check_config(config):
+    """Raises UserError unless every key is known, present and holds a value that can work."""
+    for key, value in config.items():
+        if key not in FIELDS:
+            raise UserError(f'unknown key {key!r}; the keys are {", ".join(FIELDS)}')
+        check, fits = FIELDS[key]
+        if not check(value):
+            raise UserError(f'{key} is {json.dumps(value)}; {fits} would fit')
+    for key, (_, fits) in FIELDS.items():
+        if key not in config:
+            raise UserError(f'{key} is missing; {fits} would fit')
+    from shaping import num_clean
+    for size, ratio in (('training_batch_size', 'shaping_ratio'),
+                        ('shaping_batch_size', 'inference_shaping_ratio')):
+        if size == 'training_batch_size' and not config['training_mode'].startswith('shaping'):
+            continue
+        try:
+            num_clean(config[size], config[ratio])
+        except ValueError as error:
+            raise UserError(f'{size} is {config[size]} and {ratio} {config[ratio]}: {error}') from None
+
+
+def load_config(path=None, settings=(), base=os.path.join(HERE, 'config.json')):
+    """Returns the effective configuration, checked: config.json, then the file, then the settings.
+
+    Args:
+        path: a configuration file, full or partial, or None.
+        settings: 'key=value' strings.
+
+    Raises:
+        UserError: a file that cannot be read, an unknown key, a value that cannot work.
+    """
+    config = read_json(base)
+    if path is not None:
+        config.update(read_json(path))
+    for setting in settings:
+        key, value = parse_setting(setting)
+        config[key] = value
+    check_config(config)
+    return {key: float(config[key]) if key in ('epsilon', 'step_size', 'fgsm_epsilon') else config[key]
+            for key in FIELDS}
+
+
+def config_from_flags():
+    """Returns the configuration that the command line asks for.
+
+    --model_dir DIR, where a program has it, takes the configuration stored in DIR.
+    """
+    model_dir = flags.FLAGS.model_dir if 'model_dir' in flags.FLAGS else None
+    if model_dir is None:
+        return load_config(flags.FLAGS.config, flags.FLAGS.set)
+    if flags.FLAGS.config is not None:
+        raise UserError('--config and --model_dir each name a configuration; one of them would fit, '
+                        'with --set for single keys')
+    stored = os.path.join(model_dir, 'config.json')
+    return load_config(stored, [*flags.FLAGS.set, f'model_dir={json.dumps(model_dir)}'])
+
+
+def store_config(config, path):
+    """Writes a configuration as JSON, a key a line, replacing the file at once."""
+    lines = [f'  {json.dumps(key)}: {json.dumps(value)}' for key, value in config.items()]
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+        f.write('{\n' + ',\n'.join(lines) + '\n}\n')
+    os.replace(f'{path}.tmp', path)

@@ -1,0 +1,244 @@
+"""The wide ResNet of MadryLab's CIFAR-10 challenge (the original's model.py) as a keras.Model.
+
+What differs from the original's file is the normalization. The paper turns on *which* statistics a
+forward pass normalizes by, so that is an argument of every call: the batch ("BN"), each of several
+equal groups of the batch (paper, Eq. 6, many queries in one call), or the population, that is the
+moving averages ("PN").
+"""
+import keras
+import numpy as np
+import tensorflow as tf
+
+from config import UserError
+
+BN_DECAY = 0.9        # of the moving averages; the original's model.py
+BN_EPSILON = 0.001    # added to the variance; the default of the original's batch_norm
+LEAKINESS = 0.1       # slope of the leaky ReLU below zero
+
+
+class Model(keras.Model):
+    """Pre-activation wide ResNet, w32-10 by default (45.9 million weights).
+
+    Args:
+        num_residual_units: units in each of the three stages; depth is 6 * units + 2.
+        width_factor: channels of the stages are 16, 32 and 64 times this. (1 with 5 units: "w32-1".)
+        num_classes: number of logits.
+        precision: 'float32', or 'mixed_bfloat16': convolutions and activations in bfloat16, while
+            weights, statistics, the dense layer and the logits stay float32.
+
+    Initial weights are drawn from Keras's global generator: call keras.utils.set_random_seed first.
+    Variables carry the original's names, in `variables_by_name`.
+    """
+
+    def __init__(self, num_residual_units=5, width_factor=10, num_classes=10, precision='float32'):
+        # autocast would turn the pixels into bfloat16 before they are standardized.
+        super().__init__(name='model', autocast=False)
+        if precision not in ('float32', 'mixed_bfloat16'):
+            raise ValueError(f"precision is {precision!r}; 'float32' or 'mixed_bfloat16' would fit")
+        self.num_residual_units = num_residual_units
+        self.num_classes = num_classes
+        self.compute_type = tf.float32 if precision == 'float32' else tf.bfloat16
+        self.filters = [16] + [channels * width_factor for channels in (16, 32, 64)]
+        self._variables = {}
+
+        self._add_conv('input/init_conv', 3, 16)
+        for name, in_filters, out_filters, _ in self._units():
+            self._add_batch_norm(f'{name}/{self._activation_scope(name)}', in_filters)
+            self._add_conv(f'{name}/sub1/conv1', in_filters, out_filters)
+            self._add_batch_norm(f'{name}/sub2', out_filters)
+            self._add_conv(f'{name}/sub2/conv2', out_filters, out_filters)
+        self._add_batch_norm('unit_last', self.filters[-1])
+        limit = np.sqrt(3.0 / self.filters[-1])  # TensorFlow 1's uniform_unit_scaling_initializer
+        self._add('logit/DW', (self.filters[-1], num_classes),
+                  keras.initializers.RandomUniform(-limit, limit))
+        self._add('logit/biases', (num_classes,), 'zeros')
+        self.built = True
+
+    def _units(self):
+        """Yields (name, input channels, output channels, stride) of each residual unit, in order."""
+        for stage in (1, 2, 3):
+            for i in range(self.num_residual_units):
+                in_filters = self.filters[stage - 1 if i == 0 else stage]
+                stride = 2 if stage > 1 and i == 0 else 1
+                yield f'unit_{stage}_{i}', in_filters, self.filters[stage], stride
+
+    @staticmethod
+    def _activation_scope(name):
+        return 'shared_activation' if name == 'unit_1_0' else 'residual_only_activation'
+
+    def _add(self, name, shape, initializer, trainable=True):
+        # Keras allows no '/' in a name, and would cast on reading: normalization needs float32.
+        self._variables[name] = self.add_weight(
+            name=name.replace('/', '.'), shape=shape, initializer=initializer, trainable=trainable,
+            dtype='float32', autocast=False)
+
+    def _add_conv(self, name, in_filters, out_filters):
+        stddev = np.sqrt(2.0 / (3 * 3 * out_filters))
+        self._add(f'{name}/DW', (3, 3, in_filters, out_filters),
+                  keras.initializers.RandomNormal(stddev=stddev))
+
+    def _add_batch_norm(self, name, channels):
+        self._add(f'{name}/BatchNorm/beta', (channels,), 'zeros')
+        self._add(f'{name}/BatchNorm/gamma', (channels,), 'ones')
+        self._add(f'{name}/BatchNorm/moving_mean', (channels,), 'zeros', trainable=False)
+        self._add(f'{name}/BatchNorm/moving_variance', (channels,), 'ones', trainable=False)
+
+    @property
+    def variables_by_name(self):
+        """dict: the original's name of each variable -> the variable."""
+        return dict(self._variables)
+
+    def call(self, images, training=True, num_groups=1, update_population_norms=True):
+        """Computes the logits of a batch.
+
+        Args:
+            images: [b, 32, 32, 3], pixels in [0, 255]; each is standardized here, as in the original.
+            training: True normalizes by the batch (BN), False by the moving averages (PN).
+            num_groups: with BN, normalizes each of this many equal, consecutive groups of the batch
+                by its own statistics. b must be a multiple of it.
+            update_population_norms: with BN, moves the moving averages towards this batch, as every
+                forward pass of the original's training does. False where a model is only judged:
+                an evaluation with BN must not change what PN will answer. They never move with
+                num_groups > 1, where there is no one batch to move towards.
+
+        Returns:
+            logits [b, num_classes], float32.
+        """
+        def conv(x, name, stride=1):
+            kernel = tf.cast(self._variables[f'{name}/DW'], self.compute_type)
+            return tf.nn.conv2d(x, kernel, stride, padding='SAME')
+
+        def batch_norm(x, name):
+            beta, gamma, moving_mean, moving_variance = (
+                self._variables[f'{name}/BatchNorm/{v}']
+                for v in ('beta', 'gamma', 'moving_mean', 'moving_variance'))
+            if not training:
+                return population_norm(x, gamma, beta, moving_mean, moving_variance)
+            y, mean, variance = batch_norm_by_group(x, gamma, beta, num_groups)
+            if update_population_norms and num_groups == 1:
+                moving_mean.assign_sub((moving_mean - mean) * (1 - BN_DECAY))
+                moving_variance.assign_sub((moving_variance - variance) * (1 - BN_DECAY))
+            return y
+
+        def activation(x, name):
+            return tf.nn.leaky_relu(batch_norm(x, name), LEAKINESS)
+
+        images = tf.image.per_image_standardization(tf.cast(images, tf.float32))
+        x = conv(tf.cast(images, self.compute_type), 'input/init_conv')
+        for name, in_filters, out_filters, stride in self._units():
+            shortcut = x
+            x = activation(x, f'{name}/{self._activation_scope(name)}')
+            if name == 'unit_1_0':  # "shared": the shortcut, too, starts after the activation
+                shortcut = x
+            x = conv(x, f'{name}/sub1/conv1', stride)
+            x = conv(activation(x, f'{name}/sub2'), f'{name}/sub2/conv2')
+            if in_filters != out_filters:
+                if stride > 1:
+                    shortcut = tf.nn.avg_pool2d(shortcut, stride, stride, 'VALID')
+                pad = (out_filters - in_filters) // 2
+                shortcut = tf.pad(shortcut, [[0, 0], [0, 0], [0, 0], [pad, pad]])
+            x += shortcut
+        x = tf.cast(activation(x, 'unit_last'), tf.float32)
+        x = tf.reduce_mean(x, [1, 2])
+        return tf.matmul(x, self._variables['logit/DW']) + self._variables['logit/biases']
+
+    def weight_decay_loss(self):
+        """Returns the sum of half the squared norms of the convolution and dense kernels, a scalar.
+
+        Biases and normalization parameters are left out, as in the original.
+        """
+        return tf.add_n([tf.nn.l2_loss(tf.convert_to_tensor(v))
+                         for name, v in self._variables.items() if name.endswith('/DW')])
+
+    def load_madry_checkpoint(self, prefix, optimizer=None):
+        """Assigns the weights of a TensorFlow 1 checkpoint written by the original.
+
+        Args:
+            prefix: path of the checkpoint less its '.index', e.g. 'models/secret/checkpoint-70000'.
+            optimizer: a train.MomentumOptimizer that takes over the '/Momentum' slots, if given.
+
+        Returns:
+            the checkpoint's global step, an int (0 where it holds none).
+
+        Raises:
+            config.UserError: no such checkpoint, or one of another network; nothing is assigned then.
+        """
+        variables = self._with_slots(optimizer)
+        try:
+            reader = tf.train.load_checkpoint(str(prefix))
+            shapes = reader.get_variable_to_shape_map()
+            for name, variable in variables.items():
+                if name not in shapes:
+                    raise UserError(f'{prefix} holds no {name}: it is of another network than '
+                                    f'num_residual_units {self.num_residual_units} describes')
+                if tuple(shapes[name]) != tuple(variable.shape):
+                    raise UserError(f'{name} is {list(shapes[name])} in {prefix}, but '
+                                    f'{list(variable.shape)} here: see width_factor and classes')
+            extra = sorted(n for n in shapes if n.endswith('/DW') and n not in variables)
+            if extra:
+                raise UserError(f'{prefix} also holds {extra[0]}: it is of a deeper network than '
+                                f'num_residual_units {self.num_residual_units} describes')
+            values = {name: reader.get_tensor(name) for name in variables}
+            global_step = int(reader.get_tensor('global_step')) if 'global_step' in shapes else 0
+        except (tf.errors.OpError, ValueError, IndexError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f'{prefix} cannot be read as a checkpoint: '
+                            f'{str(error).splitlines()[0]}') from None
+        for name, variable in variables.items():
+            variable.assign(values[name])
+        return global_step
+
+    def save_madry_checkpoint(self, prefix, optimizer=None, global_step=0):
+        """Writes prefix.index and prefix.data-00000-of-00001, which the original's Saver restores.
+
+        The names and shapes are the original's, global_step (its eval.py asks for it) included, and
+        the '/Momentum' slots if `optimizer`, a train.MomentumOptimizer, is given. For the original
+        to find it, the folder also needs a file 'checkpoint' that names it
+        (tf.train.update_checkpoint_state).
+        """
+        tensors = {name: tf.convert_to_tensor(variable)
+                   for name, variable in self._with_slots(optimizer).items()}
+        tensors['global_step'] = tf.constant(global_step, tf.int64)
+        tf.raw_ops.SaveV2(prefix=str(prefix), tensor_names=list(tensors),
+                          shape_and_slices=[''] * len(tensors), tensors=list(tensors.values()))
+        # SaveV2 writes prefix.data-00000-of-00001 and prefix.index itself.
+
+    def _with_slots(self, optimizer):
+        variables = self.variables_by_name
+        if optimizer is not None:
+            optimizer.build(self.trainable_variables)
+            variables.update({f'{name}/Momentum': optimizer.velocity(variable)
+                              for name, variable in self._variables.items() if variable.trainable})
+        return variables
+
+
+def population_norm(x, gamma, beta, mean, variance):
+    """Normalizes x [b, h, w, c] by the given mean and variance [c], in one fused kernel."""
+    return tf.raw_ops.FusedBatchNormV3(
+        x=x, scale=gamma, offset=beta, mean=mean, variance=variance,
+        epsilon=BN_EPSILON, is_training=False).y
+
+
+def batch_norm_by_group(x, gamma, beta, num_groups=1):
+    """Normalizes each of num_groups equal, consecutive groups of x [b, h, w, c] by its statistics.
+
+    One fused kernel either way: groups are moved next to the channels, so that the kernel sees
+    num_groups * c channels of a batch of b / num_groups. Keras's own layer is not fused, which
+    costs a third of the gradient's time on a CPU.
+
+    Returns:
+        y [b, h, w, c], and the mean and the unbiased variance of each channel, [num_groups * c].
+    """
+    if num_groups > 1:
+        h, w, c = x.shape[1:]
+        group_size = tf.shape(x)[0] // num_groups
+        x = tf.transpose(tf.reshape(x, [num_groups, group_size, h * w, c]), [1, 2, 0, 3])
+        x = tf.reshape(x, [group_size, h, w, num_groups * c])
+        gamma, beta = tf.tile(gamma, [num_groups]), tf.tile(beta, [num_groups])
+    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=x, scale=gamma, offset=beta, mean=[], variance=[], epsilon=BN_EPSILON, is_training=True)
+    if num_groups > 1:
+        y = tf.transpose(tf.reshape(y, [group_size, h * w, num_groups, c]), [2, 0, 1, 3])
+        y = tf.reshape(y, [num_groups * group_size, h, w, c])
+    return y, mean, variance

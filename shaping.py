@@ -1,0 +1,119 @@
+"""Norm shaping, the paper's contribution: n:1 batches, the tail mask, the three inference modes."""
+import numpy as np
+import tensorflow as tf
+
+from config import UserError
+
+INFERENCE_MODES = ('bn', 'pn', 'bn_shaping')
+
+
+def num_clean(batch_size, ratio):
+    """Returns k = n * m / (n + 1), how many of m samples stay clean at ratio n:1 (paper, Eq. 5).
+
+    Raises:
+        ValueError: k is not whole; says which sizes fit.
+    """
+    if ratio < 0 or batch_size < 1 or ratio * batch_size % (ratio + 1):
+        fits = max(1, batch_size // (ratio + 1)) * (ratio + 1) if ratio >= 0 else 1
+        raise UserError(f'a batch of {batch_size} cannot be shared out {ratio}:1; multiples of '
+                        f'{ratio + 1} fit, such as {fits} or {fits + ratio + 1}')
+    return ratio * batch_size // (ratio + 1)
+
+
+def tail_mask(batch_size, ratio):
+    """Returns the boolean mask [batch_size] of a batch's adversarial tail, samples [k:m]."""
+    return np.arange(batch_size) >= num_clean(batch_size, ratio)
+
+
+class ShapedInference:
+    """Classifies test samples by the batch norms of n:1 batches of clean and test samples (Eq. 6).
+
+    Each batch holds num_clean clean training samples, drawn afresh, then test samples; only the
+    latter's logits come back. All batches of one call are one forward pass, each normalized by its
+    own statistics. A batch of n + 1 samples is Eq. 6 to the letter, one test sample in each; larger
+    ones, as in the paper's evaluation, hold several test samples that share their norms.
+
+    Args:
+        model: a model.Model.
+        clean_images: the training images, uint8 [N, 32, 32, 3], unaugmented.
+        ratio: n of n:1.
+        batch_size: samples in each batch, a multiple of n + 1.
+        seed: of the draws.
+
+    What the paper leaves open: a batch's clean samples are drawn without replacement. Test samples
+    that do not fill a last batch make a smaller one, at the same ratio.
+
+    Raises:
+        ValueError: a batch size that does not fit the ratio, or too few clean images for it.
+    """
+
+    def __init__(self, model, clean_images, ratio, batch_size, seed):
+        self.model = model
+        self.clean_images = clean_images
+        self.ratio = ratio
+        self.num_clean = num_clean(batch_size, ratio)
+        self.num_test = batch_size - self.num_clean
+        self.seed = seed
+        self._graph = tf.function(self.logits)
+        if self.num_clean > len(clean_images):
+            raise UserError(f'{self.num_clean} clean samples a batch, but only '
+                            f'{len(clean_images)} to draw from')
+
+    def __call__(self, images, query):
+        """Returns the logits [b, num_classes] of images [b, 32, 32, 3], pixels in [0, 255].
+
+        Args:
+            query: a number; the same one draws the same clean samples, whatever else was asked.
+        """
+        images = tf.cast(images, tf.float32)
+        parts = self.split(len(images), query)
+        logits = [self._graph(images[start:end], clean) for start, end, clean in parts]
+        return tf.concat(logits, axis=0)
+
+    def split(self, num_images, query):
+        """Returns how one call is made up: a list of (start, end, clean samples).
+
+        images[start:end] are shaped by those clean samples, uint8 [groups, n * test samples in a
+        group, 32, 32, 3]: first all batches that are full, then the smaller one, if any.
+        """
+        full, rest = divmod(num_images, self.num_test)
+        parts = []
+        if full:
+            clean = np.stack([self.draw(query, group, self.num_clean) for group in range(full)])
+            parts.append((0, full * self.num_test, clean))
+        if rest:
+            clean = self.draw(query, full, self.ratio * rest)[None]
+            parts.append((full * self.num_test, num_images, clean))
+        return parts
+
+    def draw(self, query, group, size):
+        """Returns `size` different clean samples, the same for the same query and group."""
+        rng = np.random.default_rng([self.seed, query, group])
+        return self.clean_images[rng.choice(len(self.clean_images), size, replace=False)]
+
+    def logits(self, images, clean):
+        """Returns the logits [b, num_classes] of images [b, ...] shaped by clean [groups, k, ...].
+
+        TensorFlow ops alone, so that an attack can differentiate through it.
+        """
+        groups, k = clean.shape[:2]
+        shape = images.shape[1:]
+        tests = tf.reshape(images, [groups, -1, *shape])
+        batch = tf.concat([tf.cast(clean, tf.float32), tests], axis=1)
+        logits = self.model(tf.reshape(batch, [-1, *shape]), training=True, num_groups=groups,
+                            update_population_norms=False)
+        logits = tf.reshape(logits, [groups, -1, logits.shape[-1]])[:, k:]
+        return tf.reshape(logits, [-1, logits.shape[-1]])
+
+
+def make_inference(model, mode, data, config):
+    """Returns f(images [b, 32, 32, 3], query) -> logits [b, num_classes] for an inference mode.
+
+    'bn' normalizes by the given batch itself, 'pn' by the population norms, 'bn_shaping' by n:1
+    batches (ShapedInference). None of them changes the model. Paper, section VI.
+    """
+    if mode == 'bn_shaping':
+        return ShapedInference(model, data.train_data.xs, config['inference_shaping_ratio'],
+                               config['shaping_batch_size'], config['np_random_seed'])
+    graph = tf.function(lambda x: model(x, training=mode == 'bn', update_population_norms=False))
+    return lambda images, query: graph(tf.cast(images, tf.float32))
