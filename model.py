@@ -150,12 +150,27 @@ class Model(keras.Model):
         return tf.add_n([tf.nn.l2_loss(tf.convert_to_tensor(v))
                          for name, v in self._variables.items() if name.endswith('/DW')])
 
+    def checkpoint_variables(self, optimizer=None):
+        """Returns {name in the original's checkpoints: tf.Variable}.
+
+        The '/Momentum' slots and global_step are among them if `optimizer`, a
+        train.MomentumOptimizer, is given.
+        """
+        variables = {name: v.value for name, v in self._variables.items()}
+        if optimizer is not None:
+            optimizer.build(self.trainable_variables)
+            variables['global_step'] = optimizer.iterations.value
+            for name, v in self._variables.items():
+                if v.trainable:
+                    variables[f'{name}/Momentum'] = optimizer.velocity(v).value
+        return variables
+
     def load_madry_checkpoint(self, prefix, optimizer=None):
-        """Assigns the weights of a TensorFlow 1 checkpoint written by the original.
+        """Assigns the weights of a checkpoint of the original's, or of this project: the same format.
 
         Args:
             prefix: path of the checkpoint less its '.index', e.g. 'models/secret/checkpoint-70000'.
-            optimizer: a train.MomentumOptimizer that takes over the '/Momentum' slots, if given.
+            optimizer: a train.MomentumOptimizer that takes over velocities and step, if given.
 
         Returns:
             the checkpoint's global step, an int (0 where it holds none).
@@ -163,7 +178,7 @@ class Model(keras.Model):
         Raises:
             config.UserError: no such checkpoint, or one of another network; nothing is assigned then.
         """
-        variables = self._with_slots(optimizer)
+        variables = self.checkpoint_variables(optimizer)
         try:
             reader = tf.train.load_checkpoint(str(prefix))
             shapes = reader.get_variable_to_shape_map()
@@ -192,25 +207,20 @@ class Model(keras.Model):
     def save_madry_checkpoint(self, prefix, optimizer=None, global_step=0):
         """Writes prefix.index and prefix.data-00000-of-00001, which the original's Saver restores.
 
-        The names and shapes are the original's, global_step (its eval.py asks for it) included, and
-        the '/Momentum' slots if `optimizer`, a train.MomentumOptimizer, is given. For the original
-        to find it, the folder also needs a file 'checkpoint' that names it
-        (tf.train.update_checkpoint_state).
-        """
-        tensors = {name: tf.convert_to_tensor(variable)
-                   for name, variable in self._with_slots(optimizer).items()}
-        tensors['global_step'] = tf.constant(global_step, tf.int64)
-        tf.raw_ops.SaveV2(prefix=str(prefix), tensor_names=list(tensors),
-                          shape_and_slices=[''] * len(tensors), tensors=list(tensors.values()))
-        # SaveV2 writes prefix.data-00000-of-00001 and prefix.index itself.
+        Names and shapes are the original's, global_step (which its eval.py asks for) included.
 
-    def _with_slots(self, optimizer):
-        variables = self.variables_by_name
-        if optimizer is not None:
-            optimizer.build(self.trainable_variables)
-            variables.update({f'{name}/Momentum': optimizer.velocity(variable)
-                              for name, variable in self._variables.items() if variable.trainable})
-        return variables
+        Args:
+            optimizer: a train.MomentumOptimizer whose velocities and step are stored, if given.
+            global_step: what is stored where there is no optimizer.
+
+        For the original's scripts to find it, the folder also needs a file `checkpoint` that names
+        it, as train.py's folders have (tf.train.update_checkpoint_state writes one).
+        """
+        variables = self.checkpoint_variables(optimizer)
+        if optimizer is None:
+            variables['global_step'] = tf.Variable(global_step, dtype=tf.int64)
+        tf.compat.v1.train.Saver(variables).save(None, str(prefix), write_state=False,
+                                                 write_meta_graph=False)
 
 
 def population_norm(x, gamma, beta, mean, variance):

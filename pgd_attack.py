@@ -76,7 +76,7 @@ class LinfPGDAttack:
         x = x_nat
         if self.rand:
             x = project(x_nat + tf.random.stateless_uniform(
-                tf.shape(x_nat), seed, -self.epsilon, self.epsilon))
+                tf.shape(x_nat), seed, -self.epsilon, self.epsilon, alg='philox'))
         for _ in tf.range(self.num_steps):
             x = project(x + self.step_size * tf.sign(self.gradient(x, y)))
             x.set_shape(x_nat.shape)

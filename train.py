@@ -213,6 +213,7 @@ def check_same_run(config, path):
 
 
 def main():
+    tf.get_logger().setLevel('ERROR')  # the Saver calls itself deprecated, at length
     config = config_from_flags()
     keras.utils.set_random_seed(config['tf_random_seed'])
     max_num_training_steps = config['max_num_training_steps']
@@ -231,15 +232,15 @@ def main():
     tail = adversarial_tail(config)
 
     # Setting up the TensorBoard and checkpoint outputs
-    checkpoint = tf.train.Checkpoint(model=model, optimizer=optimizer)
-    manager = tf.train.CheckpointManager(checkpoint, model_dir, max_to_keep=3,
-                                         checkpoint_name='checkpoint')
+    saver = tf.compat.v1.train.Saver(model.checkpoint_variables(optimizer), max_to_keep=3,
+                                     save_relative_paths=True)  # model_dir may be moved
+    found = tf.train.get_checkpoint_state(model_dir)
     start = 0
-    if manager.latest_checkpoint:
+    if found:
         check_same_run(config, stored_config)
-        checkpoint.restore(manager.latest_checkpoint).assert_consumed()
-        start = int(optimizer.iterations)
-        print(f'Going on from {manager.latest_checkpoint}', flush=True)
+        start = model.load_madry_checkpoint(found.model_checkpoint_path, optimizer)
+        saver.recover_last_checkpoints(found.all_model_checkpoint_paths)
+        print(f'Going on from {found.model_checkpoint_path}', flush=True)
     os.makedirs(model_dir, exist_ok=True)
     store_config(config, stored_config)  # kept with the model, for reproducibility
     summary_writer = tf.summary.create_file_writer(model_dir)
@@ -249,15 +250,16 @@ def main():
         if not all(np.isfinite(v.numpy()).all() for v in model.variables):
             stop_diverged(int(optimizer.iterations), 'a weight')
         try:
-            manager.save(checkpoint_number=int(optimizer.iterations))
+            saver.save(None, os.path.join(model_dir, 'checkpoint'), optimizer.iterations.value,
+                       write_meta_graph=False)
         except tf.errors.OpError as error:
             raise UserError(f'no checkpoint could be written in {model_dir}: '
                             f'{error.message.splitlines()[0]}') from None
 
     def stop_diverged(step, what):
         raise UserError(f'{what} is NaN or infinite at step {step}; the last good checkpoint is '
-                        f'{manager.latest_checkpoint}; a lower learning rate in step_size_schedule '
-                        'may fit')
+                        f'{tf.train.latest_checkpoint(model_dir)}; a lower learning rate in '
+                        'step_size_schedule may fit')
 
     if start == 0:
         save()
@@ -312,7 +314,7 @@ def main():
         if (ii + 1) % config['num_checkpoint_steps'] == 0 or ii + 1 == max_num_training_steps:
             save()
     bar.close()
-    print(f'{max(start, max_num_training_steps)} steps done: {manager.latest_checkpoint}')
+    print(f'{max(start, max_num_training_steps)} steps done: {tf.train.latest_checkpoint(model_dir)}')
 
 
 if __name__ == '__main__':
