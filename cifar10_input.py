@@ -4,6 +4,7 @@ The data set comes from a folder in the published pickle layout, or from TensorF
 downloads it where it is not there yet. Pickles from the web are code, so they are read by an
 unpickler that knows lists, dicts, numbers and strings, and stands in for NumPy's array.
 """
+import io
 import os
 import pickle
 import pickletools
@@ -16,6 +17,7 @@ TRAIN_FILES = [f'data_batch_{i + 1}' for i in range(5)]
 EVAL_FILE = 'test_batch'
 META_FILE = 'batches.meta'
 MAX_FILE_BYTES = 2 ** 28  # a published file has 31 MB
+MAX_OPCODES = 2 ** 20  # and some 30,000 of these
 
 
 class DataSubset:
@@ -126,13 +128,13 @@ def load_tfds(path):
     """
     os.environ.setdefault('TFDS_DISABLE_TELEMETRY', '1')
     import tensorflow_datasets as tfds
-    here = os.path.isdir(os.path.join(path, 'cifar10'))
-    if not here:
-        print(f'{path} holds neither {TRAIN_FILES[0]} nor cifar10/: downloading with TensorFlow '
-              'Datasets', flush=True)
+    here = True
     try:
         builder = tfds.builder('cifar10', data_dir=path)
+        here = os.path.isdir(builder.data_dir)  # not yet, after a download that was interrupted
         if not here:
+            print(f'{path} holds neither {TRAIN_FILES[0]} nor {builder.name}/{builder.version}: '
+                  'downloading with TensorFlow Datasets', flush=True)
             builder.download_and_prepare()
         subsets = [tfds.as_numpy(builder.as_dataset(split, batch_size=-1))
                    for split in ('train', 'test')]
@@ -158,9 +160,11 @@ def load_pickles(path):
     if not (isinstance(names, list) and names and all(isinstance(n, (bytes, str)) for n in names)):
         raise UserError(f'{os.path.join(path, META_FILE)} holds no list of label_names')
     names = [n if isinstance(n, str) else n.decode('utf-8', 'replace') for n in names]
-    if len(set(names)) < len(names) or len(names) > 256:
+    if len(set(names)) < len(names) or len(names) > 256 or not all(map(str.isprintable, names)):
         raise UserError(f'{os.path.join(path, META_FILE)}: label_names are not different names')
     expected = meta.get('num_cases_per_batch')
+    if expected is not None and type(expected) is not int:
+        raise UserError(f'{os.path.join(path, META_FILE)}: num_cases_per_batch is not an integer')
     parts = [_load_datafile(os.path.join(path, f), names, expected) for f in TRAIN_FILES]
     train = tuple(np.concatenate(part) for part in zip(*parts))
     return train, _load_datafile(os.path.join(path, EVAL_FILE), names, expected), names
@@ -177,7 +181,7 @@ def _load_datafile(filename, names, expected=None):
         raise UserError(f'{filename}: data is {list(images.shape)}; [n, 3072] would fit')
     if not (isinstance(labels, list) and all(type(y) is int for y in labels)):
         raise UserError(f'{filename} holds no list of integers named labels')
-    if isinstance(expected, int) and len(images) != expected:
+    if expected is not None and len(images) != expected:
         raise UserError(f'{filename} holds {len(images)} images; {META_FILE} says {expected}')
     if any(not 0 <= y < len(names) for y in labels):
         raise UserError(f'{filename}: a label is outside 0..{len(names) - 1}')
@@ -229,11 +233,19 @@ class _Dtype:
         pass
 
 
-def _encode(text, encoding):
-    """Stands in for _codecs.encode, with which Python 3 writes byte strings under protocol 2."""
-    if encoding not in ('latin1', b'latin1'):
-        raise pickle.UnpicklingError(f'encoding {encoding!r}')
-    return text.encode('latin1')
+class _Encode:
+    """Stands in for _codecs.encode, with which Python 3 writes byte strings under protocol 2.
+
+    A class, as a pickle could set a function's attributes.
+    """
+
+    def __new__(cls, text, encoding):
+        if encoding not in ('latin1', b'latin1'):
+            raise pickle.UnpicklingError('a byte string in an encoding other than latin1')
+        return text.encode('latin1')
+
+    def __setstate__(self, state):
+        pass
 
 
 class _Unpickler(pickle.Unpickler):
@@ -241,7 +253,7 @@ class _Unpickler(pickle.Unpickler):
         **{(f'numpy.{core}.multiarray', '_reconstruct'): _Array for core in ('core', '_core')},
         ('numpy', 'ndarray'): None,  # only ever an argument of _reconstruct
         ('numpy', 'dtype'): _Dtype,
-        ('_codecs', 'encode'): _encode,
+        ('_codecs', 'encode'): _Encode,
     }
 
     def find_class(self, module, name):
@@ -251,19 +263,22 @@ class _Unpickler(pickle.Unpickler):
 
 
 # What lists, dicts, numbers, strings and the arrays' construction need. Left out: persistent ids,
-# registered extensions, arbitrary constructors, sets and out-of-band buffers.
-_OPCODES = set('''PROTO FRAME STOP MARK POP EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND
+# registered extensions, arbitrary constructors, sets, out-of-band buffers and taking things back.
+_OPCODES = set('''PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND
     APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2
     LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE
     BINUNICODE SHORT_BINUNICODE BINUNICODE8 GLOBAL STACK_GLOBAL REDUCE BUILD PUT BINPUT LONG_BINPUT
     MEMOIZE GET BINGET LONG_BINGET'''.split())
+_UNCOVERING = ('APPEND', 'APPENDS', 'SETITEM', 'SETITEMS', 'BUILD')  # show what lay under values
 
 
 def _read_pickle(filename):
     """Returns the dict in a pickle, its keys as text, without running or allocating what it asks.
 
     The opcodes are looked over before the unpickler sees them: a memo index beyond all reason makes
-    it allocate gigabytes, and tuples of tuples used as keys take for ever to hash.
+    it allocate gigabytes, as does one string encoded many times. A key takes for ever to hash when
+    it is a tuple that holds one tuple many times, each the same, and many integer keys can share
+    one hash: so no tuple is taken from the memo, and no integer is large.
     """
     try:
         if os.path.getsize(filename) > MAX_FILE_BYTES:
@@ -273,17 +288,28 @@ def _read_pickle(filename):
     except OSError as error:
         raise UserError(f'{filename} cannot be read: {error.strerror}') from None
     try:
-        num_opcodes = num_tuples = 0
+        num_opcodes = num_tuples = num_calls = 0
+        memo, maybe_tuple = {}, False  # whether a memo's item, and the stack's top, may be a tuple
         for opcode, argument, _ in pickletools.genops(raw):
+            name = opcode.name
             num_opcodes += 1
-            num_tuples += 'TUPLE' in opcode.name
-            if opcode.name not in _OPCODES:
-                raise pickle.UnpicklingError(f'opcode {opcode.name}')
-            if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and argument > num_opcodes:
-                raise pickle.UnpicklingError(f'memo index {argument}')
-            if num_tuples > 16:
-                raise pickle.UnpicklingError('too many tuples')
-        import io
+            num_tuples += 'TUPLE' in name
+            num_calls += name == 'REDUCE'
+            if name not in _OPCODES:
+                raise pickle.UnpicklingError(f'opcode {name}')
+            if name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
+                index = len(memo) if name == 'MEMOIZE' else argument
+                if index > num_opcodes:
+                    raise pickle.UnpicklingError(f'memo index {index}')
+                memo[index] = maybe_tuple
+            elif name in ('GET', 'BINGET', 'LONG_BINGET') and memo.get(argument):
+                raise pickle.UnpicklingError('a tuple from the memo')
+            elif name not in ('PROTO', 'FRAME'):
+                maybe_tuple = 'TUPLE' in name or name in _UNCOVERING
+            if type(argument) is int and abs(argument) >= 2 ** 60:
+                raise pickle.UnpicklingError('an integer beyond all reason')
+            if num_tuples > 16 or num_calls > 16 or num_opcodes > MAX_OPCODES:
+                raise pickle.UnpicklingError('too many tuples, calls or values')
         value = _Unpickler(io.BytesIO(raw), encoding='bytes').load()
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]

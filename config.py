@@ -4,7 +4,6 @@
 A configuration is a plain dict, as in the original. FIELDS below says what each key may hold.
 """
 import json
-import math
 import os
 import sys
 
@@ -13,6 +12,7 @@ from absl import app, flags, logging
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # before TensorFlow is imported: quiet start
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+MAX_INTEGER = 2 ** 31 - 1
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
@@ -48,25 +48,26 @@ def run(main):
 
 
 def _text(value):
-    return isinstance(value, str) and value.strip() != ''
+    return (isinstance(value, str) and value.strip() != ''
+            and not any(c < ' ' or '\ud800' <= c <= '\udfff' for c in value))  # no path holds these
 
 
 def _boolean(value):
     return isinstance(value, bool)
 
 
-def _integer(low, high=None):
+def _integer(low, high=MAX_INTEGER):
     def check(value):
-        return (isinstance(value, int) and not isinstance(value, bool)
-                and value >= low and (high is None or value <= high))
-    return check, f'an integer of {low} or more' if high is None else f'an integer, {low} to {high}'
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return check, f'an integer, {low} to {high}'
 
 
 def _number(low, high=None, above=False):
+    top = sys.float_info.max if high is None else high  # neither infinite nor an int past floats
+
     def check(value):
         return (isinstance(value, (int, float)) and not isinstance(value, bool)
-                and math.isfinite(value) and (value > low if above else value >= low)
-                and (high is None or value <= high))
+                and (value > low if above else value >= low) and value <= top)
     return check, (f'a number {"above" if above else "from"} {low}'
                    + (f' to {high}' if high is not None else ''))
 
@@ -90,7 +91,7 @@ def _classes(value):
                              and len(set(value)) == len(value))
 
 
-SEED = _integer(0, 2 ** 31 - 1)
+SEED = _integer(0)
 FOLDER = _text, 'the path of a folder'
 
 # key: (check, what would fit). In the order of config.json.
@@ -132,6 +133,15 @@ FIELDS = {
 }
 
 
+def _shown(value):
+    """Returns a value as JSON, shortened where that would be more than a line."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = f'a deeply nested {type(value).__name__}'
+    return text if len(text) <= 200 else text[:200] + '...'
+
+
 def _pairs(pairs):
     """json.loads's object_pairs_hook: refuses a key given twice, drops the original's _comment."""
     result = {}
@@ -164,7 +174,7 @@ def parse_setting(setting):
     """Returns (key, value) of 'key=value'; the value is JSON, or text where the key wants text."""
     key, equals, text = setting.partition('=')
     if not equals:
-        raise UserError(f'--set {setting}: key=value would fit')
+        raise UserError(f'--set {setting!r}: key=value would fit')
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -180,7 +190,7 @@ def check_config(config):
             raise UserError(f'unknown key {key!r}; the keys are {", ".join(FIELDS)}')
         check, fits = FIELDS[key]
         if not check(value):
-            raise UserError(f'{key} is {json.dumps(value)}; {fits} would fit')
+            raise UserError(f'{key} is {_shown(value)}; {fits} would fit')
     for key, (_, fits) in FIELDS.items():
         if key not in config:
             raise UserError(f'{key} is missing; {fits} would fit')
@@ -212,8 +222,18 @@ def load_config(path=None, settings=(), base=os.path.join(HERE, 'config.json')):
         key, value = parse_setting(setting)
         config[key] = value
     check_config(config)
-    return {key: float(config[key]) if key in ('epsilon', 'step_size', 'fgsm_epsilon') else config[key]
-            for key in FIELDS}
+    config = {key: config[key] for key in FIELDS}
+    for key in ('weight_decay', 'momentum', 'epsilon', 'step_size', 'fgsm_epsilon'):
+        config[key] = float(config[key])  # JSON's 8 is 8.0 here, as TensorFlow wants it
+    config['step_size_schedule'] = [[step, float(r)] for step, r in config['step_size_schedule']]
+    return config
+
+
+def define_model_flags():
+    """Defines the flags of the programs that take a trained model."""
+    flags.DEFINE_string('model_dir', None, 'Folder of a training; its own config.json is then used.')
+    flags.DEFINE_string('checkpoint', None, 'Prefix of a checkpoint, of this project or of the '
+                        "original's. Default: the newest in model_dir.")
 
 
 def config_from_flags():

@@ -21,7 +21,7 @@ class Model(keras.Model):
 
     Args:
         num_residual_units: units in each of the three stages; depth is 6 * units + 2.
-        width_factor: channels of the stages are 16, 32 and 64 times this. (1 with 5 units: "w32-1".)
+        width_factor: channels of the stages are 16, 32 and 64 times this. ("w32-1" is 5 units, 1.)
         num_classes: number of logits.
         precision: 'float32', or 'mixed_bfloat16': convolutions and activations in bfloat16, while
             weights, statistics, the dense layer and the logits stay float32.
@@ -55,7 +55,7 @@ class Model(keras.Model):
         self.built = True
 
     def _units(self):
-        """Yields (name, input channels, output channels, stride) of each residual unit, in order."""
+        """Yields (name, input channels, output channels, stride) of each unit, in order."""
         for stage in (1, 2, 3):
             for i in range(self.num_residual_units):
                 in_filters = self.filters[stage - 1 if i == 0 else stage]
@@ -92,7 +92,7 @@ class Model(keras.Model):
         """Computes the logits of a batch.
 
         Args:
-            images: [b, 32, 32, 3], pixels in [0, 255]; each is standardized here, as in the original.
+            images: [b, 32, 32, 3], in [0, 255]; each is standardized here, as in the original.
             training: True normalizes by the batch (BN), False by the moving averages (PN).
             num_groups: with BN, normalizes each of this many equal, consecutive groups of the batch
                 by its own statistics. b must be a multiple of it.
@@ -166,7 +166,7 @@ class Model(keras.Model):
         return variables
 
     def load_madry_checkpoint(self, prefix, optimizer=None):
-        """Assigns the weights of a checkpoint of the original's, or of this project: the same format.
+        """Assigns the weights of a checkpoint of the original's or of this project: one format.
 
         Args:
             prefix: path of the checkpoint less its '.index', e.g. 'models/secret/checkpoint-70000'.
@@ -176,7 +176,7 @@ class Model(keras.Model):
             the checkpoint's global step, an int (0 where it holds none).
 
         Raises:
-            config.UserError: no such checkpoint, or one of another network; nothing is assigned then.
+            config.UserError: no such checkpoint, or another network's; nothing is assigned then.
         """
         variables = self.checkpoint_variables(optimizer)
         try:
@@ -221,6 +221,25 @@ class Model(keras.Model):
             variables['global_step'] = tf.Variable(global_step, dtype=tf.int64)
         tf.compat.v1.train.Saver(variables).save(None, str(prefix), write_state=False,
                                                  write_meta_graph=False)
+
+
+def build_model(config, num_classes):
+    """Returns the Model that a configuration describes."""
+    return Model(config['num_residual_units'], config['width_factor'], num_classes,
+                 config['precision'])
+
+
+def find_checkpoint(config, prefix=None):
+    """Returns the prefix of a checkpoint: the one given, or the newest in model_dir.
+
+    Raises:
+        UserError: there is none.
+    """
+    prefix = prefix or tf.train.latest_checkpoint(config['model_dir'])
+    if prefix is None:
+        raise UserError(f'model_dir {config["model_dir"]} holds no checkpoint; train.py writes '
+                        'them there')
+    return prefix
 
 
 def population_norm(x, gamma, beta, mean, variance):

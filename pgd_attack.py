@@ -1,13 +1,19 @@
 """The L-infinity PGD attack (the original's pgd_attack.py), all its steps in one graph.
 
-Run as a program it attacks the evaluation set with the newest checkpoint and stores the result:
+Run as a program it attacks the evaluation set with the newest checkpoint, with population norms as
+the original does, and stores the result in store_adv_path:
 
     python pgd_attack.py --config FILE
 """
 import os
+import sys
 
+from absl import flags
 import numpy as np
+
+from config import config_from_flags, define_model_flags, run
 import tensorflow as tf
+from tqdm import tqdm
 
 LOSS_FUNCS = ('xent', 'cw')
 
@@ -75,8 +81,10 @@ class LinfPGDAttack:
 
         x = x_nat
         if self.rand:
-            x = project(x_nat + tf.random.stateless_uniform(
-                tf.shape(x_nat), seed, -self.epsilon, self.epsilon, alg='philox'))
+            # From integers, as XLA makes other floats of the same seed than the standard kernels do.
+            bits = tf.random.stateless_uniform(
+                tf.shape(x_nat), seed, None, None, tf.int32, alg='philox')
+            x = project(x_nat + self.epsilon * 2. ** -31 * tf.cast(bits, tf.float32))
         for _ in tf.range(self.num_steps):
             x = project(x + self.step_size * tf.sign(self.gradient(x, y)))
             x.set_shape(x_nat.shape)
@@ -99,3 +107,38 @@ class LinfPGDAttack:
         correct = tf.reduce_sum(tf.where(is_label, logits, 0.), axis=1)
         best_other = tf.reduce_max(tf.where(is_label, logits.dtype.min, logits), axis=1)
         return -tf.reduce_sum(tf.nn.relu(correct - best_other + 50))
+
+
+def main():
+    from attacks import make_attack, perturbation_fault
+    from cifar10_input import eval_examples, load_data
+    from model import build_model, find_checkpoint
+    config = config_from_flags()
+    if config['eval_on_cpu']:
+        tf.config.set_visible_devices([], 'GPU')
+    data = load_data(config)
+    images, labels = eval_examples(data, config)
+    model = build_model(config, data.num_classes)
+    model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))
+    attack, settings = make_attack('pgd', model, images, labels, config)
+
+    # Iterate over the samples batch by batch
+    x_adv = np.empty(images.shape, np.float32)
+    for start in tqdm(range(0, len(images), config['eval_batch_size']), unit='batch',
+                      disable=not sys.stderr.isatty()):
+        end = min(start + config['eval_batch_size'], len(images))
+        x_adv[start:end] = attack(start, end)
+    fault = perturbation_fault(images, x_adv, settings['epsilon'])
+    if fault:
+        raise RuntimeError(fault)
+
+    path = config['store_adv_path']
+    with open(f'{path}.tmp', 'wb') as f:
+        np.save(f, x_adv)
+    os.replace(f'{path}.tmp', path)
+    print(f'{len(x_adv)} examples stored in {path}')
+
+
+if __name__ == '__main__':
+    define_model_flags()
+    run(main)

@@ -1,4 +1,4 @@
-"""Trains a model, saving checkpoints and TensorBoard summaries along the way (the original's train.py).
+"""Trains a model, saving checkpoints and TensorBoard summaries (the original's train.py).
 
     python train.py                                    # config.json: w32-10, norm shaping
     python train.py --config configs/quick.json --set training_mode=adv_only
@@ -10,7 +10,6 @@ import os
 import sys
 from timeit import default_timer as timer
 
-from absl import flags
 import numpy as np
 
 from config import UserError, config_from_flags, load_config, run, store_config
@@ -19,7 +18,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from cifar10_input import load_data
-from model import Model
+from model import build_model
 from pgd_attack import LinfPGDAttack
 from shaping import tail_mask
 
@@ -69,20 +68,20 @@ def make_optimizer(config):
 
 
 def use_xla(config):
-    """Returns whether to compile the training step with XLA. It is what a GPU wants, and slows CPUs."""
+    """Returns whether XLA compiles the training step: it is what a GPU wants, and slows CPUs."""
     if config['xla'] == 'auto':
         return bool(tf.config.list_physical_devices('GPU'))
     return config['xla'] == 'on'
 
 
 def augment(images, seed):
-    """Pads images [b, 32, 32, 3] by 2 zeros on each side, crops 32 x 32 at random, flips at random."""
+    """Pads images [b, 32, 32, 3] by 2 zeros a side, crops 32 x 32 and flips, both at random."""
     b, size = images.shape[0], images.shape[1]
     padded = tf.pad(images, [[0, 0], [2, 2], [2, 2], [0, 0]])
     corner = tf.random.stateless_uniform([b, 2, 1], seed, 0, 5, tf.int32, alg='philox')
     rows, columns = tf.unstack(corner + tf.range(size), axis=1)  # [b, 32] each
-    flipped = tf.random.stateless_uniform([b, 1], tf.random.fold_in(seed, 1, alg='philox'),
-                                          alg='philox') < 0.5
+    flipped = tf.random.stateless_uniform([b, 1], tf.random.fold_in(seed, 1, alg='philox'), 0, 2,
+                                          tf.int32, alg='philox') == 1
     columns = tf.where(flipped, tf.reverse(columns, [1]), columns)
     return tf.gather(tf.gather(padded, rows, batch_dims=1), columns, axis=2, batch_dims=1)
 
@@ -167,8 +166,8 @@ def make_train_step(model, optimizer, config):
 def make_report(model, config):
     """Returns two functions of (images, labels, step): natural accuracy, and the batch X^(T).
 
-    To be called before the step: they draw the same random numbers. Unlike the original's, these passes leave
-    the moving averages alone: how often a run reports does not change what it trains.
+    To be called before the step: they draw the same random numbers. Unlike the original's, these
+    passes leave the moving averages alone: how often a run reports does not change what it trains.
     """
     natural = make_batch(model, {**config, 'training_mode': 'natural'})
     batch = make_batch(model, config, update_population_norms=False)
@@ -186,8 +185,8 @@ def make_report(model, config):
 
 
 def write_summaries(metrics, nat_accuracy, x, tail, step):
-    """Writes TensorBoard summaries under the original's tags, clean head and adversarial tail apart."""
-    for tag in ('{}', '{} train'):  # twice, as in the original: to compare with eval, and among runs
+    """Writes TensorBoard summaries under the original's tags, head and tail apart."""
+    for tag in ('{}', '{} train'):  # twice, as in the original: to compare with eval, with runs
         for name in ('adv', 'clean'):
             if f'xent_{name}' in metrics:
                 tf.summary.scalar(tag.format(f'accuracy {name}'), metrics[f'accuracy_{name}'], step)
@@ -224,8 +223,7 @@ def main():
     # Setting up the data, the model and the optimizer
     data = load_data(config)
     data.train_data.get_batch(0, batch_size)
-    model = Model(config['num_residual_units'], config['width_factor'], data.num_classes,
-                  config['precision'])
+    model = build_model(config, data.num_classes)
     optimizer = make_optimizer(config)
     train_step = make_train_step(model, optimizer, config)
     natural_accuracy, attacked_images = make_report(model, config)
@@ -273,7 +271,8 @@ def main():
         inputs = tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64)
 
         # What the step itself does not tell: natural accuracy and the attacked images
-        output, summary = ii % config['num_output_steps'] == 0, ii % config['num_summary_steps'] == 0
+        output = ii % config['num_output_steps'] == 0
+        summary = ii % config['num_summary_steps'] == 0
         nat_accuracy = float(natural_accuracy(*inputs)) if output or summary else None
         images = attacked_images(*inputs) if summary else None
 
@@ -314,7 +313,8 @@ def main():
         if (ii + 1) % config['num_checkpoint_steps'] == 0 or ii + 1 == max_num_training_steps:
             save()
     bar.close()
-    print(f'{max(start, max_num_training_steps)} steps done: {tf.train.latest_checkpoint(model_dir)}')
+    print(f'{max(start, max_num_training_steps)} steps done: '
+          f'{tf.train.latest_checkpoint(model_dir)}')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,61 @@
+"""What the tests share. tests/data holds numbers that the original computed, slimmed from a run of
+MadryLab's code (width 1) on 32 images of CIFAR-10; the 8 training steps of that run need more room
+and are read from ../shared/reference where it lies beside the repository.
+"""
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
+os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # the figures here are a CPU's
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from config import load_config  # noqa: E402
+from model import Model  # noqa: E402
+
+DATA = os.path.join(ROOT, 'tests', 'data')
+CHECKPOINT = os.path.join(DATA, 'madry_w1-250')
+
+
+@pytest.fixture(scope='session')
+def golden():
+    """What the original computed from CHECKPOINT; the file lists its own keys."""
+    with np.load(os.path.join(DATA, 'golden_slim.npz')) as z:
+        return {key: z[key] for key in z.files}
+
+
+@pytest.fixture
+def madry_model():
+    """The port's w32-1 network with the original's weights."""
+    model = Model(num_residual_units=5, width_factor=1)
+    assert model.load_madry_checkpoint(CHECKPOINT) == 250
+    return model
+
+
+@pytest.fixture
+def small_model():
+    """An untrained network, the smallest, always the same."""
+    keras.utils.set_random_seed(0)
+    return Model(num_residual_units=1, width_factor=1)
+
+
+@pytest.fixture
+def small_config():
+    """f(key=value, ...) -> the configuration of a quick run on the synthetic set."""
+    def make(**settings):
+        config = load_config(None, ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1',
+                                    'training_batch_size=16', 'num_steps=2', 'eval_batch_size=20',
+                                    'num_eval_examples=50', 'step_size_schedule=[[0, 0.1]]'])
+        return {**config, **settings}
+    return make
+
+
+@pytest.fixture
+def batch():
+    """16 random images, uint8, and their labels."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (16, 32, 32, 3), np.uint8), rng.integers(0, 10, 16)

@@ -1,0 +1,151 @@
+"""The network: agreement with the original, its norms, its checkpoints."""
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from config import UserError
+from conftest import CHECKPOINT
+from model import BN_EPSILON, Model, batch_norm_by_group
+
+
+def relative_error(ours, theirs):
+    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+
+
+def values(model):
+    return {name: v.numpy().copy() for name, v in model.variables_by_name.items()}
+
+
+def test_logits_agree_with_the_original(madry_model, golden):
+    assert relative_error(madry_model(golden['images'], training=False), golden['pn_logits']) < 1e-5
+    assert relative_error(madry_model(golden['images']), golden['bn_logits']) < 1e-5
+
+
+def test_moving_averages_after_one_forward_pass_agree_with_the_original(madry_model, golden):
+    madry_model(golden['images'], training=True)
+    for name in ('mean', 'variance'):
+        ours = madry_model.variables_by_name[f'unit_last/BatchNorm/moving_{name}']
+        theirs = golden[f'moving_{name}_after_one_forward__unit_last']
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def test_weight_decay_loss_agrees_with_the_original(madry_model, golden):
+    assert float(madry_model.weight_decay_loss()) == pytest.approx(
+        float(golden['weight_decay_loss']), rel=1e-6)
+
+
+@pytest.mark.parametrize('arguments', [dict(training=False), dict(update_population_norms=False),
+                                       dict(num_groups=4)])
+def test_judging_leaves_the_model_as_it_was(small_model, batch, arguments):
+    before = values(small_model)
+    small_model(batch[0], **arguments)
+    after = values(small_model)
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_each_group_is_normalized_as_a_batch_of_its_own(small_model, batch):
+    together = small_model(batch[0], num_groups=4)
+    apart = [small_model(batch[0][i:i + 4], update_population_norms=False) for i in (0, 4, 8, 12)]
+    np.testing.assert_allclose(together, np.concatenate(apart), atol=1e-5)
+    assert relative_error(together, small_model(batch[0]).numpy()) > 1e-3  # groups do matter
+
+
+def test_gradients_through_groups_are_those_of_separate_batches():
+    rng = np.random.default_rng(1)
+    x = tf.constant(rng.normal(size=(6, 4, 4, 5)), tf.float32)
+    weight = tf.constant(rng.normal(size=(6, 4, 4, 5)), tf.float32)
+    gamma, beta = tf.constant(rng.normal(size=5), tf.float32), tf.zeros(5)
+
+    def gradients(norm):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            loss = tf.reduce_sum(norm(x) * weight)
+        return tape.gradient(loss, [x, gamma, beta])
+
+    def plainly(x):
+        parts = []
+        for part in tf.split(x, 3):
+            mean, variance = tf.nn.moments(part, [0, 1, 2])
+            parts.append(gamma * (part - mean) * tf.math.rsqrt(variance + BN_EPSILON) + beta)
+        return tf.concat(parts, 0)
+
+    for ours, plain in zip(gradients(lambda x: batch_norm_by_group(x, gamma, beta, 3)[0]),
+                           gradients(plainly)):
+        np.testing.assert_allclose(ours, plain, atol=1e-4)
+
+
+def test_the_full_network_has_the_papers_size():
+    model = Model()
+    assert sum(int(np.prod(v.shape)) for v in model.trainable_variables) == 45_901_914
+    convolutions = [name for name in model.variables_by_name if '/conv' in name]
+    assert len(convolutions) == 30  # "w32": with the first convolution and the dense layer
+    assert model.variables_by_name['unit_3_4/sub2/conv2/DW'].shape == (3, 3, 640, 640)
+
+
+def test_initial_weights_are_drawn_as_in_the_original():
+    keras.utils.set_random_seed(1)
+    model = Model(num_residual_units=1, width_factor=4)
+    v = model.variables_by_name
+    kernel = v['unit_3_0/sub2/conv2/DW'].numpy()
+    assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * 256)), rel=0.01)
+    assert np.abs(kernel).max() > 3.5 * kernel.std()  # normal, not truncated
+    dense = v['logit/DW'].numpy()
+    assert 0.95 * np.sqrt(3 / 256) < np.abs(dense).max() <= np.sqrt(3 / 256)
+    assert not v['logit/biases'].numpy().any()
+    keras.utils.set_random_seed(1)
+    again = Model(num_residual_units=1, width_factor=4)
+    assert (again.variables_by_name['logit/DW'].numpy() == dense).all()
+
+
+def test_bfloat16_keeps_pixels_statistics_and_logits_in_float32(golden):
+    model = Model(5, 1, precision='mixed_bfloat16')
+    model.load_madry_checkpoint(CHECKPOINT)
+    logits = model(golden['images'])
+    assert logits.dtype == tf.float32
+    assert all(v.dtype == 'float32' for v in model.variables)
+    assert relative_error(logits, golden['bn_logits']) < 0.1
+    agree = np.mean(np.argmax(logits, 1) == np.argmax(golden['bn_logits'], 1))
+    assert agree >= 0.9
+
+
+def test_saved_checkpoint_is_restored_by_name_by_tensorflow_1s_saver(madry_model, tmp_path):
+    prefix = str(tmp_path / 'checkpoint-7')
+    madry_model.save_madry_checkpoint(prefix, global_step=7)
+    theirs = tf.train.load_checkpoint(CHECKPOINT)
+    with tf.Graph().as_default():  # the variables that the original's graph has
+        dtypes = theirs.get_variable_to_dtype_map()
+        variables = {name: tf.compat.v1.get_variable(name, shape, dtypes[name])
+                     for name, shape in theirs.get_variable_to_shape_map().items()}
+        with tf.compat.v1.Session() as sess:
+            tf.compat.v1.train.Saver().restore(sess, prefix)
+            restored = sess.run(variables)
+    assert restored.pop('global_step') == 7
+    for name, value in restored.items():
+        assert (value == theirs.get_tensor(name)).all(), name
+
+
+@pytest.mark.parametrize('network, named', [
+    (dict(num_residual_units=6, width_factor=1), 'num_residual_units'),
+    (dict(num_residual_units=4, width_factor=1), 'num_residual_units'),
+    (dict(num_residual_units=5, width_factor=2), 'width_factor'),
+    (dict(num_residual_units=5, width_factor=1, num_classes=3), 'classes')])
+def test_a_checkpoint_of_another_network_is_named_and_nothing_is_assigned(network, named):
+    model = Model(**network)
+    before = values(model)
+    with pytest.raises(UserError, match=named) as error:
+        model.load_madry_checkpoint(CHECKPOINT)
+    assert '\n' not in str(error.value)
+    assert all((before[name] == v).all() for name, v in values(model).items())
+
+
+def test_a_missing_or_damaged_checkpoint_is_named(tmp_path, small_model):
+    with pytest.raises(UserError, match='nowhere'):
+        small_model.load_madry_checkpoint(tmp_path / 'nowhere')
+    prefix = tmp_path / 'checkpoint-1'
+    small_model.save_madry_checkpoint(prefix)
+    data = tmp_path / 'checkpoint-1.data-00000-of-00001'
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(UserError, match='checkpoint-1 ') as error:
+        small_model.load_madry_checkpoint(prefix)
+    assert '\n' not in str(error.value)
