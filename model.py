@@ -39,10 +39,10 @@ class Model(keras.Model):
         self.num_classes = num_classes
         self.compute_type = tf.float32 if precision == 'float32' else tf.bfloat16
         self.filters = [16] + [channels * width_factor for channels in (16, 32, 64)]
-        self._variables = {}
+        self._by_name = {}
 
         self._add_conv('input/init_conv', 3, 16)
-        for name, in_filters, out_filters, _ in self._units():
+        for name, in_filters, out_filters, _ in self.units():
             self._add_batch_norm(f'{name}/{self._activation_scope(name)}', in_filters)
             self._add_conv(f'{name}/sub1/conv1', in_filters, out_filters)
             self._add_batch_norm(f'{name}/sub2', out_filters)
@@ -54,7 +54,7 @@ class Model(keras.Model):
         self._add('logit/biases', (num_classes,), 'zeros')
         self.built = True
 
-    def _units(self):
+    def units(self):
         """Yields (name, input channels, output channels, stride) of each unit, in order."""
         for stage in (1, 2, 3):
             for i in range(self.num_residual_units):
@@ -68,7 +68,7 @@ class Model(keras.Model):
 
     def _add(self, name, shape, initializer, trainable=True):
         # Keras allows no '/' in a name, and would cast on reading: normalization needs float32.
-        self._variables[name] = self.add_weight(
+        self._by_name[name] = self.add_weight(
             name=name.replace('/', '.'), shape=shape, initializer=initializer, trainable=trainable,
             dtype='float32', autocast=False)
 
@@ -86,7 +86,7 @@ class Model(keras.Model):
     @property
     def variables_by_name(self):
         """dict: the original's name of each variable -> the variable."""
-        return dict(self._variables)
+        return dict(self._by_name)
 
     def call(self, images, training=True, num_groups=1, update_population_norms=True):
         """Computes the logits of a batch.
@@ -105,12 +105,12 @@ class Model(keras.Model):
             logits [b, num_classes], float32.
         """
         def conv(x, name, stride=1):
-            kernel = tf.cast(self._variables[f'{name}/DW'], self.compute_type)
+            kernel = tf.cast(self._by_name[f'{name}/DW'], self.compute_type)
             return tf.nn.conv2d(x, kernel, stride, padding='SAME')
 
         def batch_norm(x, name):
             beta, gamma, moving_mean, moving_variance = (
-                self._variables[f'{name}/BatchNorm/{v}']
+                self._by_name[f'{name}/BatchNorm/{v}']
                 for v in ('beta', 'gamma', 'moving_mean', 'moving_variance'))
             if not training:
                 return population_norm(x, gamma, beta, moving_mean, moving_variance)
@@ -121,11 +121,11 @@ class Model(keras.Model):
             return y
 
         def activation(x, name):
-            return tf.nn.leaky_relu(batch_norm(x, name), LEAKINESS)
+            return self.leaky_relu(batch_norm(x, name))
 
-        images = tf.image.per_image_standardization(tf.cast(images, tf.float32))
+        images = self.standardize(tf.cast(images, tf.float32))
         x = conv(tf.cast(images, self.compute_type), 'input/init_conv')
-        for name, in_filters, out_filters, stride in self._units():
+        for name, in_filters, out_filters, stride in self.units():
             shortcut = x
             x = activation(x, f'{name}/{self._activation_scope(name)}')
             if name == 'unit_1_0':  # "shared": the shortcut, too, starts after the activation
@@ -140,7 +140,14 @@ class Model(keras.Model):
             x += shortcut
         x = tf.cast(activation(x, 'unit_last'), tf.float32)
         x = tf.reduce_mean(x, [1, 2])
-        return tf.matmul(x, self._variables['logit/DW']) + self._variables['logit/biases']
+        return tf.matmul(x, self._by_name['logit/DW']) + self._by_name['logit/biases']
+
+    def standardize(self, images):
+        """Returns images [b, 32, 32, 3], each of mean 0 and variance 1."""
+        return tf.image.per_image_standardization(images)
+
+    def leaky_relu(self, x):
+        return tf.nn.leaky_relu(x, LEAKINESS)
 
     def weight_decay_loss(self):
         """Returns the sum of half the squared norms of the convolution and dense kernels, a scalar.
@@ -148,7 +155,7 @@ class Model(keras.Model):
         Biases and normalization parameters are left out, as in the original.
         """
         return tf.add_n([tf.nn.l2_loss(tf.convert_to_tensor(v))
-                         for name, v in self._variables.items() if name.endswith('/DW')])
+                         for name, v in self._by_name.items() if name.endswith('/DW')])
 
     def checkpoint_variables(self, optimizer=None):
         """Returns {name in the original's checkpoints: tf.Variable}.
@@ -156,11 +163,11 @@ class Model(keras.Model):
         The '/Momentum' slots and global_step are among them if `optimizer`, a
         train.MomentumOptimizer, is given.
         """
-        variables = {name: v.value for name, v in self._variables.items()}
+        variables = {name: v.value for name, v in self._by_name.items()}
         if optimizer is not None:
             optimizer.build(self.trainable_variables)
             variables['global_step'] = optimizer.iterations.value
-            for name, v in self._variables.items():
+            for name, v in self._by_name.items():
                 if v.trainable:
                     variables[f'{name}/Momentum'] = optimizer.velocity(v).value
         return variables

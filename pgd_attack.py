@@ -22,7 +22,8 @@ class LinfPGDAttack:
     """Projected gradient ascent on the sum of the losses of a batch, by signs of the gradient.
 
     Args:
-        model: called as model(images, training=..., update_population_norms=...) -> logits.
+        model: called as model(images, training=...) -> logits, and with
+            update_population_norms=False where that is asked for.
         epsilon: radius of the L-infinity ball around the natural image, in pixels of [0, 255].
         num_steps, step_size: number of steps, and the length of each in pixels.
         random_start: start uniformly within the ball rather than at the natural image.
@@ -45,8 +46,9 @@ class LinfPGDAttack:
         self.step_size = step_size
         self.rand = random_start
         self.loss_func = loss_func
-        self.training = training
-        self.update_population_norms = update_population_norms
+        self.norms = {'training': training}
+        if not update_population_norms:
+            self.norms['update_population_norms'] = False
         self._graph = tf.function(self._perturb)
 
     def perturb(self, x_nat, y, seed, tail=None):
@@ -81,7 +83,7 @@ class LinfPGDAttack:
 
         x = x_nat
         if self.rand:
-            # From integers, as XLA makes other floats of the same seed than the standard kernels do.
+            # From integers: XLA makes other floats of one seed than the standard kernels do.
             bits = tf.random.stateless_uniform(
                 tf.shape(x_nat), seed, None, None, tf.int32, alg='philox')
             x = project(x_nat + self.epsilon * 2. ** -31 * tf.cast(bits, tf.float32))
@@ -94,9 +96,7 @@ class LinfPGDAttack:
         """Returns the gradient of the summed loss with respect to x, [b, 32, 32, 3]."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(x)
-            logits = self.model(x, training=self.training,
-                                update_population_norms=self.update_population_norms)
-            loss = self.loss(logits, y)
+            loss = self.loss(self.model(x, **self.norms), y)
         return tape.gradient(loss, x)
 
     def loss(self, logits, y):

@@ -150,7 +150,7 @@ def test_augmentation_is_a_crop_of_the_padded_image_or_its_mirror():
 
 @pytest.mark.parametrize('step_size, tolerance', [(0., 1e-4), (2., 0.02)])
 def test_the_step_is_the_same_under_xla(small_config, batch, step_size, tolerance):
-    """Random numbers are the same; the sign of a tiny gradient turns on rounding, so steps less so."""
+    """Random numbers are the same; the sign of a tiny gradient may turn on rounding."""
     losses = []
     for xla in ('off', 'on'):
         keras.utils.set_random_seed(0)
