@@ -141,9 +141,10 @@ def load_tfds(path):
         names = list(builder.info.features['label'].names)
     except Exception as error:  # the package raises many kinds, with many lines
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = 'cannot be read by' if here else 'cannot be downloaded into by'
-        raise UserError(f'data_path {path} {what} TensorFlow Datasets: {first_line}; a folder with '
-                        f'{TRAIN_FILES[0]}..5, {EVAL_FILE} and {META_FILE} would also fit') from None
+        what = 'read' if here else 'download into'
+        raise UserError(f'TensorFlow Datasets cannot {what} data_path {path}: {first_line}; a '
+                        f'folder with {TRAIN_FILES[0]}..5, {EVAL_FILE} and {META_FILE} would '
+                        'also fit') from None
     train, test = ((subset['image'], subset['label']) for subset in subsets)
     for name, (images, labels) in (('train', train), ('test', test)):
         _check_subset(f'{path}: {name}', images, labels, names)
@@ -358,5 +359,4 @@ def make_synthetic(num_train=10000, num_test=2000, seed=0, blob_agrees=0.6, blob
         image += texture_amplitude * textures[labels[i], top:top + 32, left:left + 32, None]
         images[i] = np.clip(np.rint(image), 0, 255)
     names = [f'class_{i}' for i in range(10)]
-    train, test = ((images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:]))
-    return train, test, names
+    return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:]), names

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # before TensorFlow is imported: quiet start
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 MAX_INTEGER = 2 ** 31 - 1
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 
@@ -202,10 +202,11 @@ def check_config(config):
         try:
             num_clean(config[size], config[ratio])
         except ValueError as error:
-            raise UserError(f'{size} is {config[size]} and {ratio} {config[ratio]}: {error}') from None
+            raise UserError(
+                f'{size} is {config[size]} and {ratio} {config[ratio]}: {error}') from None
 
 
-def load_config(path=None, settings=(), base=os.path.join(HERE, 'config.json')):
+def load_config(path=None, settings=(), base=BASE):
     """Returns the effective configuration, checked: config.json, then the file, then the settings.
 
     Args:
@@ -231,7 +232,8 @@ def load_config(path=None, settings=(), base=os.path.join(HERE, 'config.json')):
 
 def define_model_flags():
     """Defines the flags of the programs that take a trained model."""
-    flags.DEFINE_string('model_dir', None, 'Folder of a training; its own config.json is then used.')
+    flags.DEFINE_string('model_dir', None,
+                        'Folder of a training; its own config.json is then used.')
     flags.DEFINE_string('checkpoint', None, 'Prefix of a checkpoint, of this project or of the '
                         "original's. Default: the newest in model_dir.")
 
@@ -245,8 +247,8 @@ def config_from_flags():
     if model_dir is None:
         return load_config(flags.FLAGS.config, flags.FLAGS.set)
     if flags.FLAGS.config is not None:
-        raise UserError('--config and --model_dir each name a configuration; one of them would fit, '
-                        'with --set for single keys')
+        raise UserError('--config and --model_dir each name a configuration; one of them, with '
+                        '--set for single keys, would fit')
     stored = os.path.join(model_dir, 'config.json')
     return load_config(stored, [*flags.FLAGS.set, f'model_dir={json.dumps(model_dir)}'])
 
