@@ -322,7 +322,7 @@ def _read_pickle(filename):
 # ---- the embedded set
 
 
-def make_synthetic(num_train=10000, num_test=2000, seed=0, blob_agrees=0.6, blob_contrast=32.,
+def make_synthetic(num_train=10000, num_test=2000, seed=0, blob_agrees=0.6, blob_contrast=52.,
                    texture_amplitude=8., noise=3.):
     """Builds the embedded set: 10 classes, each with a robust and a non-robust cue.
 

@@ -245,7 +245,8 @@ def main():
 
     def save():
         """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
-        if not all(np.isfinite(v.numpy()).all() for v in model.variables):
+        state = model.checkpoint_variables(optimizer).values()
+        if not all(np.isfinite(v.numpy()).all() for v in state):
             stop_diverged(int(optimizer.iterations), 'a weight')
         try:
             saver.save(None, os.path.join(model_dir, 'checkpoint'), optimizer.iterations.value,
@@ -263,7 +264,7 @@ def main():
         save()
 
     # Main training loop
-    training_time, timed_steps, total_time = 0., 0, 0.
+    training_time, timed_steps = 0., 0
     bar = tqdm(total=max_num_training_steps, initial=start, unit='step',
                disable=not sys.stderr.isatty())
     for ii in range(start, max_num_training_steps):
@@ -298,7 +299,6 @@ def main():
                 seconds = training_time / timed_steps
                 left = timedelta(seconds=round(seconds * (max_num_training_steps - ii - 1)))
                 report.append(f'    {batch_size / seconds:.1f} examples per second, {left} left')
-                total_time += training_time
                 training_time, timed_steps = 0., 0
             tqdm.write('\n'.join(report))
             sys.stdout.flush()
