@@ -221,7 +221,7 @@ class Model(keras.Model):
             global_step: what is stored where there is no optimizer.
 
         For the original's scripts to find it, the folder also needs a file `checkpoint` that names
-        it, as train.py's folders have (tf.train.update_checkpoint_state writes one).
+        it, as train.py's folders have (tf.compat.v1.train.update_checkpoint_state writes one).
         """
         variables = self.checkpoint_variables(optimizer)
         if optimizer is None:

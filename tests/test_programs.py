@@ -2,6 +2,8 @@
 import glob
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -106,6 +108,33 @@ def test_eval_prints_and_stores_every_cell(trained):
         assert f'{100 * r["accuracy"]:.2f} [' in stdout
     for name in ('bn', 'pn', 'bn_shaping', 'clean', 'fgsm', 'pgd', 'shaping'):
         assert name in stdout
+
+
+def test_watch_evaluates_each_new_checkpoint_until_it_is_stopped(trained, tmp_path):
+    """The folder gets a second checkpoint while eval.py waits; Ctrl-C then ends it quietly."""
+    names = ('checkpoint-{}.index', 'checkpoint-{}.data-00000-of-00001')
+    for name in names:
+        shutil.copy(os.path.join(trained[0], name.format(6)), tmp_path)
+    shutil.copy(os.path.join(trained[0], 'config.json'), tmp_path)
+    tf.compat.v1.train.update_checkpoint_state(str(tmp_path), 'checkpoint-6')
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, 'eval.py'), '--watch', '--model_dir', str(tmp_path),
+         '--attack', 'clean', '--inference', 'pn'], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+    seen = ''
+    for step in (6, 7):
+        while f'step {step}   ' not in seen or not seen.endswith('Waiting for the next checkpoint'):
+            letter = process.stdout.read(1)
+            assert letter, process.stderr.read()
+            seen += letter
+        if step == 6:
+            for name in names:
+                shutil.copy(os.path.join(trained[0], name.format(7)), tmp_path)
+            tf.compat.v1.train.update_checkpoint_state(str(tmp_path), 'checkpoint-7')
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in stderr
+    assert 'eval.py: stopped' in stderr
 
 
 def test_stored_attack_is_scored_as_eval_scores_it(trained, tmp_path):
