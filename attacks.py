@@ -53,7 +53,8 @@ def shaping_attack(attack, images, labels, config):
     PGD with batch norms; in each batch, unchanged : attacked test samples are shaping_ratio : 1. A
     batch of eval_batch_size is attacked in shaping_ratio + 1 passes, another share of it each time,
     so that over the run every sample is attacked once and unchanged in the other passes. A last
-    batch that is not full is filled up with the first test samples, which stay unchanged.
+    batch that is not full is filled up with the first test samples, which take their turn to keep
+    the ratio and are then dropped.
 
     Raises:
         UserError: eval_batch_size does not fit the ratio.
@@ -69,7 +70,7 @@ def shaping_attack(attack, images, labels, config):
         chosen[end - start:] = np.arange(m - (end - start)) % len(images)
         x_nat, y = images[chosen], labels[chosen]
         x_adv = tf.cast(x_nat, tf.float32)
-        for share in range(shares):
+        for share in range(-(-(end - start) * shares // m)):  # all that hold one of ours
             tail = np.arange(m) // (m // shares) == share
             perturbed = attack.perturb(x_nat, y, (config['np_random_seed'], start + share), tail)
             x_adv = tf.where(tail[:, None, None, None], perturbed, x_adv)

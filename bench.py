@@ -1,7 +1,7 @@
 """Measures the training step: steps a second, FLOP/s, and the share of this machine's peak.
 
     python bench.py                                             # config.json: w32-10, norm shaping
-    python bench.py --set width_factor=4 --num_steps 2 --repeats 9
+    python bench.py --set width_factor=4 --steps 2 --repeats 9
     python bench.py --against --set precision=mixed_bfloat16    # the original's way beside it
 
 What is timed is train.make_train_step's step on images of random pixels (no data set is needed),
@@ -42,8 +42,7 @@ from model import LEAKINESS, Model, build_model
 from pgd_attack import LinfPGDAttack
 from train import make_optimizer, make_train_step, use_xla
 
-flags.DEFINE_integer('num_steps', 5, 'Training steps in a block, the unit that is timed. (Attack '
-                     'steps are --set num_steps=...)')
+flags.DEFINE_integer('steps', 5, 'Training steps in a block, the unit that is timed.')
 flags.DEFINE_integer('repeats', 5, 'Blocks; the median block is reported.')
 flags.DEFINE_boolean('against', False, "Also time the original's way of working, block by block.")
 
@@ -203,8 +202,8 @@ def show(label, text):
 
 
 def main():
-    num_steps, repeats, against = (flags.FLAGS.num_steps, flags.FLAGS.repeats, flags.FLAGS.against)
-    for name, value in (('num_steps', num_steps), ('repeats', repeats)):
+    steps, repeats, against = flags.FLAGS.steps, flags.FLAGS.repeats, flags.FLAGS.against
+    for name, value in (('steps', steps), ('repeats', repeats)):
         if value < 1:
             raise UserError(f'--{name} is {value}; an integer of 1 or more would fit')
     config = config_from_flags()
@@ -261,15 +260,15 @@ def main():
     # Blocks of ours and of the original's way in turns
     ours, originals = [], {ops: [] for ops in original_steps}
     for _ in range(repeats):
-        ours.append(seconds_a_step(our_step, num_steps))
+        ours.append(seconds_a_step(our_step, steps))
         for ops, step in original_steps.items():
-            originals[ops].append(seconds_a_step(step, num_steps))
+            originals[ops].append(seconds_a_step(step, steps))
     memory = peak_memory()  # read before the matrix products, which need much of their own
 
     # The report
     seconds = np.median(ours)
     peak, size = matmul_peak(model.compute_type)
-    show('Seconds a step', f'{spread(ours)}, median of {repeats} blocks of {num_steps} steps')
+    show('Seconds a step', f'{spread(ours)}, median of {repeats} blocks of {steps} steps')
     show('Speed', f'{1 / seconds:.3g} steps/s, {batch_size / seconds:.4g} images/s')
     show('FLOP a step', f'{prefixed(flops, "FLOP")}, {passes} forward passes of '
          f'{prefixed(flops / passes, "FLOP")}')

@@ -16,6 +16,7 @@ from config import UserError
 TRAIN_FILES = [f'data_batch_{i + 1}' for i in range(5)]
 EVAL_FILE = 'test_batch'
 META_FILE = 'batches.meta'
+ARCHIVE_FOLDER = 'cifar-10-batches-py'  # what cifar-10-python.tar.gz unpacks to
 MAX_FILE_BYTES = 2 ** 28  # a published file has 31 MB
 MAX_OPCODES = 2 ** 18  # and some 30,000 of these
 
@@ -97,11 +98,13 @@ def load_data(config):
     """
     if config['dataset'] == 'synthetic':
         train, test, names = make_synthetic()
-    elif any(os.path.exists(os.path.join(config['data_path'], name))
-             for name in [*TRAIN_FILES, EVAL_FILE, META_FILE]):
-        train, test, names = load_pickles(config['data_path'])
     else:
-        train, test, names = load_tfds(config['data_path'])
+        path = config['data_path']
+        if os.path.isdir(os.path.join(path, ARCHIVE_FOLDER)):
+            path = os.path.join(path, ARCHIVE_FOLDER)
+        files = [os.path.join(path, name) for name in (*TRAIN_FILES, EVAL_FILE, META_FILE)]
+        load = load_pickles if any(map(os.path.exists, files)) else load_tfds
+        train, test, names = load(path)
     return CIFAR10Data(train, test, names, config['classes'], config['np_random_seed'])
 
 

@@ -9,7 +9,9 @@ import sys
 
 from absl import app, flags, logging
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # before TensorFlow is imported: quiet start
+# Before Keras and TensorFlow are imported:
+os.environ['KERAS_BACKEND'] = 'tensorflow'
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # a quiet start
 
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 MAX_INTEGER = 2 ** 31 - 1

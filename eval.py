@@ -48,9 +48,9 @@ def evaluate(model, data, config, attacks, modes):
     images, labels = eval_examples(data, config)
     n, batch_size = len(images), config['eval_batch_size']
     classify = {mode: make_inference(model, mode, data, config) for mode in modes}
+    made = {name: make_attack(name, model, images, labels, config) for name in attacks}
     results = []
-    for name in attacks:
-        attack, settings = make_attack(name, model, images, labels, config)
+    for name, (attack, settings) in made.items():
         correct, xent = dict.fromkeys(modes, 0), dict.fromkeys(modes, 0.)
         for start in tqdm(range(0, n, batch_size), desc=name, unit='batch', leave=False,
                           disable=not sys.stderr.isatty()):
@@ -153,14 +153,16 @@ def main():
 
     # Evaluate new checkpoints for ever, as the original does
     last = None
+    print('Waiting for a checkpoint', end='', flush=True)
     while True:
         checkpoint = tf.train.latest_checkpoint(config['model_dir'])
-        if checkpoint != last:
+        if checkpoint and checkpoint != last:
+            print()
             evaluate_checkpoint(checkpoint)
             last = checkpoint
             print('Waiting for the next checkpoint', end='', flush=True)
         else:
-            print('.' if last else 'No checkpoint yet, waiting ... ', end='', flush=True)
+            print('.', end='', flush=True)
         time.sleep(10)
 
 

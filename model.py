@@ -5,11 +5,11 @@ forward pass normalizes by, so that is an argument of every call: the batch ("BN
 equal groups of the batch (paper, Eq. 6, many queries in one call), or the population, that is the
 moving averages ("PN").
 """
-import keras
 import numpy as np
-import tensorflow as tf
 
 from config import UserError
+import keras
+import tensorflow as tf
 
 BN_DECAY = 0.9        # of the moving averages; the original's model.py
 BN_EPSILON = 0.001    # added to the variance; the default of the original's batch_norm

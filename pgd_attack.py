@@ -11,7 +11,7 @@ import sys
 from absl import flags
 import numpy as np
 
-from config import config_from_flags, define_model_flags, run
+from config import UserError, config_from_flags, define_model_flags, run
 import tensorflow as tf
 from tqdm import tqdm
 
@@ -114,6 +114,10 @@ def main():
     from cifar10_input import eval_examples, load_data
     from model import build_model, find_checkpoint
     config = config_from_flags()
+    path = config['store_adv_path']
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.'):
+        raise UserError(f'store_adv_path is {path}; the path of a file in a folder that exists '
+                        'would fit')
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
     data = load_data(config)
@@ -132,7 +136,6 @@ def main():
     if fault:
         raise RuntimeError(fault)
 
-    path = config['store_adv_path']
     with open(f'{path}.tmp', 'wb') as f:
         np.save(f, x_adv)
     os.replace(f'{path}.tmp', path)

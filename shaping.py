@@ -5,6 +5,7 @@ import tensorflow as tf
 from config import UserError
 
 INFERENCE_MODES = ('bn', 'pn', 'bn_shaping')
+MAX_IMAGES = 1000  # in one forward pass of shaped batches: a bound on memory, not on a call
 
 
 def num_clean(batch_size, ratio):
@@ -29,8 +30,8 @@ class ShapedInference:
     """Classifies test samples by the batch norms of n:1 batches of clean and test samples (Eq. 6).
 
     Each batch holds num_clean clean training samples, drawn afresh, then test samples; only the
-    latter's logits come back. All batches of one call are one forward pass, each normalized by its
-    own statistics. A batch of n + 1 samples is Eq. 6 to the letter, one test sample in each; larger
+    latter's logits come back. Many batches are one forward pass, each normalized by its own
+    statistics. A batch of n + 1 samples is Eq. 6 to the letter, one test sample in each; larger
     ones, as in the paper's evaluation, hold several test samples that share their norms.
 
     Args:
@@ -74,13 +75,15 @@ class ShapedInference:
         """Returns how one call is made up: a list of (start, end, clean samples).
 
         images[start:end] are shaped by those clean samples, uint8 [groups, n * test samples in a
-        group, 32, 32, 3]: first all batches that are full, then the smaller one, if any.
+        group, 32, 32, 3]: first the batches that are full, then the smaller one, if any.
         """
         full, rest = divmod(num_images, self.num_test)
+        at_once = max(1, MAX_IMAGES // (self.num_clean + self.num_test))
         parts = []
-        if full:
-            clean = np.stack([self.draw(query, group, self.num_clean) for group in range(full)])
-            parts.append((0, full * self.num_test, clean))
+        for first in range(0, full, at_once):
+            groups = range(first, min(first + at_once, full))
+            clean = np.stack([self.draw(query, group, self.num_clean) for group in groups])
+            parts.append((groups.start * self.num_test, groups.stop * self.num_test, clean))
         if rest:
             clean = self.draw(query, full, self.ratio * rest)[None]
             parts.append((full * self.num_test, num_images, clean))

@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 from tqdm import tqdm
 
-from cifar10_input import load_data
+from cifar10_input import eval_examples, load_data
 from model import build_model
 from pgd_attack import LinfPGDAttack
 from shaping import tail_mask
@@ -185,7 +185,10 @@ def make_report(model, config):
 
 
 def write_summaries(metrics, nat_accuracy, x, tail, step):
-    """Writes TensorBoard summaries under the original's tags, head and tail apart."""
+    """Writes TensorBoard summaries; '... adv' are the original's tags.
+
+    They tell of the attacked samples alone: what stays clean in the batch is under '... clean'.
+    """
     for tag in ('{}', '{} train'):  # twice, as in the original: to compare with eval, with runs
         for name in ('adv', 'clean'):
             if f'xent_{name}' in metrics:
@@ -223,6 +226,7 @@ def main():
     # Setting up the data, the model and the optimizer
     data = load_data(config)
     data.train_data.get_batch(0, batch_size)
+    eval_examples(data, config)  # rather told now than after the training
     model = build_model(config, data.num_classes)
     optimizer = make_optimizer(config)
     train_step = make_train_step(model, optimizer, config)
@@ -234,6 +238,9 @@ def main():
                                      save_relative_paths=True)  # model_dir may be moved
     found = tf.train.get_checkpoint_state(model_dir)
     start = 0
+    if not found and tf.io.gfile.glob(os.path.join(model_dir, 'checkpoint-*.index')):
+        raise UserError(f'{model_dir} holds checkpoints, but no readable file `checkpoint` that '
+                        'names the newest; another model_dir would fit')
     if found:
         check_same_run(config, stored_config)
         start = model.load_madry_checkpoint(found.model_checkpoint_path, optimizer)
@@ -258,7 +265,7 @@ def main():
     def stop_diverged(step, what):
         raise UserError(f'{what} is NaN or infinite at step {step}; the last good checkpoint is '
                         f'{tf.train.latest_checkpoint(model_dir)}; a lower learning rate in '
-                        'step_size_schedule may fit')
+                        'step_size_schedule, with another model_dir, may fit')
 
     if start == 0:
         save()

@@ -682,6 +682,13 @@ def test_tfds_directory_is_read_exactly(prepared, offline):
                                                    if y in (8, 3))
 
 
+def test_unpacked_archive_inside_data_path_is_found(tmp_path):
+    os.mkdir(tmp_path / 'cifar-10-batches-py')
+    write_all(str(tmp_path / 'cifar-10-batches-py'))
+    data = load_data(config(str(tmp_path)))
+    assert (data.train_data.n, data.eval_data.n) == (5 * PER_FILE, PER_FILE)
+
+
 def test_pickles_are_preferred_to_a_tfds_directory_beside_them(prepared, offline, tmp_path):
     folder = str(tmp_path / 'both')
     shutil.copytree(prepared, folder)

@@ -82,6 +82,13 @@ def test_another_configuration_in_the_same_folder_is_refused(trained):
     assert status != 0 and len(stderr) == 1 and 'training_mode' in stderr[0]
 
 
+def test_checkpoints_whose_state_file_is_lost_are_not_written_over(trained, tmp_path):
+    shutil.copy(os.path.join(trained[0], 'checkpoint-6.index'), tmp_path)
+    status, _, stderr = program('train.py', settings=[*SETTINGS, f'model_dir={tmp_path}'])
+    assert status != 0 and len(stderr) == 1 and 'holds checkpoints' in stderr[0]
+    assert os.listdir(tmp_path) == ['checkpoint-6.index']
+
+
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     status, _, stderr = program('train.py', settings=[
         *SETTINGS, 'step_size_schedule=[[0, 0.1], [3, 1e30]]', 'max_num_training_steps=50',
@@ -154,6 +161,15 @@ def test_stored_attack_is_scored_as_eval_scores_it(trained, tmp_path):
     status, stdout, _ = program('run_attack.py', '--model_dir', folder,
                                 '--inference', 'bn_shaping', cwd=tmp_path)
     assert status == 0 and 'bn_shaping' in stdout
+
+
+@pytest.mark.parametrize('name, setting, named', [
+    ('pgd_attack.py', 'store_adv_path=nowhere/attack.npy', 'store_adv_path is nowhere'),
+    ('train.py', 'num_eval_examples=2001', 'num_eval_examples is 2001')])
+def test_what_would_fail_after_hours_is_told_at_once(tmp_path, name, setting, named):
+    status, _, stderr = program(name, settings=['dataset=synthetic', setting], cwd=tmp_path)
+    assert status != 0 and len(stderr) == 1 and named in stderr[0]
+    assert os.listdir(tmp_path) == []
 
 
 def test_eval_takes_the_originals_checkpoints(tmp_path):
