@@ -127,7 +127,9 @@ def test_watch_evaluates_each_new_checkpoint_until_it_is_stopped(trained, tmp_pa
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, 'eval.py'), '--watch', '--model_dir', str(tmp_path),
          '--attack', 'clean', '--inference', 'pn'], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+        stderr=subprocess.PIPE, env={**os.environ, 'PYTHONUNBUFFERED': '1'},
+        # a shell's background job, which these tests may be, ignores SIGINT, and so would its child
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     seen = ''
     for step in (6, 7):
         while f'step {step}   ' not in seen or not seen.endswith('Waiting for the next checkpoint'):
