@@ -202,9 +202,9 @@ class Model(keras.Model):
                                 f'num_residual_units {self.num_residual_units} describes')
             values = {name: reader.get_tensor(name) for name in variables}
             global_step = int(reader.get_tensor('global_step')) if 'global_step' in shapes else 0
+        except UserError:
+            raise
         except (tf.errors.OpError, ValueError, IndexError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f'{prefix} cannot be read as a checkpoint: '
                             f'{str(error).splitlines()[0]}') from None
         for name, variable in variables.items():
