@@ -69,9 +69,16 @@ def passes_a_step(config):
     """Returns what a training step costs, in forward passes over its batch.
 
     Back to the activations costs as much as forward, back to the weights as much again: 2 for the
-    gradient of an attack step, which needs none of the weights', and 3 for the weight update.
+    gradient of an attack step, which needs none of the weights', and 3 for the weight update. The
+    TRADES adversary also looks at the natural batch: once before its first step, and once more in
+    the weight update where trades_beta puts it into the loss.
     """
-    return 3 if config['training_mode'] == 'natural' else 3 + 2 * config['num_steps']
+    if config['training_mode'] == 'natural':
+        return 3
+    passes = 3 + 2 * config['num_steps']
+    if config['adversary'] == 'trades':
+        passes += 1 + (3 if config['trades_beta'] else 0)
+    return passes
 
 
 class OriginalOps(Model):
@@ -244,7 +251,7 @@ def main():
     show('TensorFlow', f'{tf.__version__}, XLA {"on" if use_xla(config) else "off"}')
     show('Network', f'w{6 * model.num_residual_units + 2}-{config["width_factor"]}, '
          f'{num_weights:,} weights, {config["precision"]}')
-    show('Step', f'batch {batch_size}, {config["training_mode"]}, '
+    show('Step', f'batch {batch_size}, {config["training_mode"]}, {config["adversary"]}, '
          f'{config["num_steps"] if passes > 3 else 0} attack steps')
 
     # The first step of each, which traces and compiles its graphs, is not among the timed ones

@@ -16,6 +16,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # a quiet start
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 MAX_INTEGER = 2 ** 31 - 1
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
+ADVERSARIES = ('pgd', 'trades')
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')
@@ -25,16 +26,22 @@ class UserError(ValueError):
     """A mistake of the user's, told in one line: what is wrong and what would fit."""
 
 
-def run(main):
-    """Runs main() as an absl program; a user's mistake ends it with one line and exit status 2."""
+def run(main, names=None):
+    """Runs main() as an absl program; a user's mistake ends it with one line and exit status 2.
+
+    With `names`, the words that the program takes beside its options, it runs main(words given).
+    """
     name = os.path.basename(sys.argv[0])
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)
         try:
-            if len(argv) > 1:
-                raise UserError(f'{argv[1]!r} is not an option; {name} --help lists them')
-            main()
+            for word in argv[1:]:
+                if names is None:
+                    raise UserError(f'{word!r} is not an option; {name} --help lists them')
+                if word not in names:
+                    raise UserError(f'{word!r} is none of {", ".join(names)}')
+            main() if names is None else main(argv[1:])
         except UserError as error:
             print(f'{name}: {error}', file=sys.stderr)
             sys.exit(2)
@@ -93,6 +100,12 @@ def _classes(value):
                              and len(set(value)) == len(value))
 
 
+def _num_attack_examples(value):
+    from attacks import ATTACKS
+    return isinstance(value, dict) and all(
+        name in ATTACKS and _integer(1)[0](n) for name, n in value.items())
+
+
 SEED = _integer(0)
 FOLDER = _text, 'the path of a folder'
 
@@ -121,6 +134,8 @@ FIELDS = {
     'loss_func': _choice('xent', 'cw'),
     'store_adv_path': (_text, 'the path of a .npy file'),
     'training_mode': _choice(*TRAINING_MODES),
+    'adversary': _choice(*ADVERSARIES),
+    'trades_beta': _number(0),
     'shaping_ratio': _integer(1),
     'inference_shaping_ratio': _integer(0),
     'shaping_batch_size': _integer(2),
@@ -132,6 +147,10 @@ FIELDS = {
     'precision': _choice('float32', 'mixed_bfloat16'),
     'xla': _choice('auto', 'on', 'off'),
     'fgsm_epsilon': _number(0, 255),
+    'apgd_num_steps': _integer(1),
+    'eot_draws': _integer(1),
+    'num_attack_examples': (_num_attack_examples, 'an object such as {"cw": 200}: the name of an '
+                            'attack and how many examples it is run on, 1 or more'),
 }
 
 
@@ -226,7 +245,7 @@ def load_config(path=None, settings=(), base=BASE):
         config[key] = value
     check_config(config)
     config = {key: config[key] for key in FIELDS}
-    for key in ('weight_decay', 'momentum', 'epsilon', 'step_size', 'fgsm_epsilon'):
+    for key in ('weight_decay', 'momentum', 'epsilon', 'step_size', 'trades_beta', 'fgsm_epsilon'):
         config[key] = float(config[key])  # JSON's 8 is 8.0 here, as TensorFlow wants it
     config['step_size_schedule'] = [[step, float(r)] for step, r in config['step_size_schedule']]
     return config

@@ -2,6 +2,7 @@
 
     python eval.py --inference bn_shaping               # the newest checkpoint in model_dir
     python eval.py --model_dir DIR --attack all         # with the configuration stored in DIR
+    python eval.py --num_draws 10                       # bn_shaping under ten draws
     python eval.py --checkpoint models/secret/checkpoint-70000 --inference pn
     python eval.py --watch                              # each new checkpoint as it comes
 
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 import time
+from timeit import default_timer as timer
 
 from absl import flags
 import numpy as np
@@ -21,10 +23,13 @@ from config import UserError, config_from_flags, define_model_flags, run
 import tensorflow as tf
 from tqdm import tqdm
 
-from attacks import ATTACKS, make_attack, perturbation_fault
+from attacks import ATTACKS, MINIMUM_NORM, make_attack, num_examples, perturbation_fault
 from cifar10_input import eval_examples, load_data
 from model import build_model, find_checkpoint
-from shaping import INFERENCE_MODES, make_inference
+from shaping import INFERENCE_MODES, make_inference, queries_of
+
+WORST_CASE = 'worst case'
+WORST_IN_BALL = 'worst in ball'
 
 
 def wilson_interval(num_correct, n, z=1.959964):
@@ -35,57 +40,140 @@ def wilson_interval(num_correct, n, z=1.959964):
     return max(0., centre - half), min(1., centre + half)
 
 
-def evaluate(model, data, config, attacks, modes):
-    """Returns a list of results, one for each attack and inference mode.
+def evaluate(model, data, config, attacks, modes, num_draws=1, ratios=None):
+    """Returns a list of results, one for each attack and inference mode, then the worst cases.
 
     Every batch of adversarial examples is made once, is verified to lie in its ball and in
     [0, 255], and is then classified under each mode. The clean samples of bn_shaping are the same
     for each attack (drawn by the batch's number), so that the attacks are compared on equal terms.
 
+    Args:
+        model: a model.Model. data: a CIFAR10Data. config: the configuration.
+        attacks, modes: names in ATTACKS and INFERENCE_MODES.
+        num_draws: under how many independent draws of clean samples bn_shaping classifies each
+            example. Its accuracy is then the mean over the draws.
+        ratios: the inference shaping ratios of bn_shaping, one result for each. Default: the
+            configuration's.
+
+    The worst cases are over the examples that all attacks were run on, where more than one was.
+    'worst case' counts the test samples that survive every attack that was run; 'worst in ball'
+    lets only those examples count that lie within epsilon, so not FGSM's at 16 nor what C&W and
+    DeepFool find farther off.
+
     Raises:
         RuntimeError: an adversarial batch left its ball or [0, 255]: a defect, nothing is counted.
     """
     images, labels = eval_examples(data, config)
-    n, batch_size = len(images), config['eval_batch_size']
-    classify = {mode: make_inference(model, mode, data, config) for mode in modes}
-    made = {name: make_attack(name, model, images, labels, config) for name in attacks}
-    results = []
+    batch_size = config['eval_batch_size']
+    judges = {}  # (mode, ratio or None): (f(images, query) -> logits, draws)
+    for mode in modes:
+        for ratio in (ratios or [config['inference_shaping_ratio']]) if mode == 'bn_shaping' else (
+                [None]):
+            settings = config if ratio is None else {**config, 'inference_shaping_ratio': ratio}
+            judges[mode, ratio] = (make_inference(model, mode, data, settings),
+                                   num_draws if mode == 'bn_shaping' else 1)
+    made = {name: make_attack(name, model, data, config, num_draws) for name in attacks}
+    right = {}  # (attack, judge): bool [draws, n]
+    in_ball, results = {}, []
     for name, (attack, settings) in made.items():
-        correct, xent = dict.fromkeys(modes, 0), dict.fromkeys(modes, 0.)
+        n, seconds, sizes = num_examples(name, config), 0., []
+        xent = dict.fromkeys(judges, 0.)
+        for judge, (_, draws) in judges.items():
+            right[name, judge] = np.zeros([draws, n], bool)
+        in_ball[name] = np.zeros(n, bool)
         for start in tqdm(range(0, n, batch_size), desc=name, unit='batch', leave=False,
                           disable=not sys.stderr.isatty()):
             end = min(start + batch_size, n)
-            x_adv, y = attack(start, end), labels[start:end]
-            fault = perturbation_fault(images[start:end], x_adv, settings['epsilon'])
+            x_nat, y = images[start:end].astype(np.float32), labels[start:end]
+            begin = timer()
+            x_adv = np.asarray(attack(start, end), np.float32)
+            seconds += timer() - begin
+            fault = perturbation_fault(x_nat, x_adv, settings['epsilon'])
             if fault:
                 raise RuntimeError(f'{name}, samples {start} to {end - 1}: {fault}')
-            for mode in modes:
-                logits = classify[mode](x_adv, start // batch_size)
-                correct[mode] += int(np.sum(np.argmax(logits, 1) == y))
-                xent[mode] += float(tf.reduce_sum(
-                    tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)))
-        for mode in modes:
-            shaping = {k: config[k] for k in ('inference_shaping_ratio', 'shaping_batch_size')}
-            results.append({
-                'attack': name, 'inference': mode, 'accuracy': correct[mode] / n,
-                'interval': wilson_interval(correct[mode], n), 'num_examples': n,
-                'xent': xent[mode] / n, **settings, 'eval_batch_size': batch_size,
-                **(shaping if mode == 'bn_shaping' else {})})
+            size = np.abs(x_adv - x_nat).reshape(end - start, -1)
+            in_ball[name][start:end] = size.max(axis=1) <= config['epsilon'] + 1e-4
+            sizes.append(np.linalg.norm(size / 255, axis=1))
+            for judge, (classify, draws) in judges.items():
+                for draw, query in enumerate(queries_of(start // batch_size, draws)):
+                    logits = classify(x_adv, query)
+                    right[name, judge][draw, start:end] = np.argmax(logits, 1) == y
+                    xent[judge] += float(tf.reduce_sum(
+                        tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))) / (draws * n)
+        settings = {**settings, 'seconds': round(seconds, 3)}
+        if name in MINIMUM_NORM:
+            moved = np.concatenate(sizes)
+            moved = moved[moved > 0]
+            settings |= {'num_fooled': len(moved),
+                         'median_l2': float(np.median(moved)) if len(moved) else None}
+        results += [cell(name, judge, right[name, judge], config,
+                         {'xent': xent[judge], **settings}) for judge in judges]
+
+    if len(attacks) > 1:
+        n = min(len(v) for v in in_ball.values())
+        for name in (WORST_CASE, WORST_IN_BALL):
+            for judge in judges:
+                survive = [right[a, judge][:, :n]
+                           | (False if name == WORST_CASE else ~in_ball[a][:n]) for a in attacks]
+                settings = {'attacks': list(attacks)}
+                if name == WORST_IN_BALL:
+                    settings['epsilon'] = config['epsilon']
+                results.append(cell(name, judge, np.all(survive, axis=0), config, settings))
     return results
 
 
-def print_table(results, attacks, modes):
+def cell(name, judge, right, config, settings):
+    """Returns the result of one attack under one inference mode.
+
+    Args:
+        judge: (mode, inference shaping ratio or None). right: bool [draws, n].
+        settings: what else the result says.
+    """
+    (draws, n), (mode, ratio) = right.shape, judge
+    accuracies = right.mean(axis=1)
+    result = {'attack': name, 'inference': mode, 'accuracy': float(accuracies.mean()),
+              'interval': wilson_interval(float(accuracies.mean()) * n, n), 'num_examples': n,
+              **settings, 'eval_batch_size': config['eval_batch_size']}
+    if mode == 'bn_shaping':
+        result |= {'inference_shaping_ratio': ratio,
+                   'shaping_batch_size': config['shaping_batch_size']}
+    if draws > 1:
+        in_all = int(right.all(axis=0).sum())
+        result |= {'num_draws': draws, 'spread': float(accuracies.std(ddof=1)),
+                   'range': [float(accuracies.min()), float(accuracies.max())],
+                   'accuracy_all_draws': in_all / n,
+                   'interval_all_draws': wilson_interval(in_all, n)}
+    return result
+
+
+def print_table(results, modes):
     """Prints accuracies in percent with their 95% Wilson intervals: attacks down, modes across."""
-    n = results[0]['num_examples']
-    print(f'Accuracy in %, [95% Wilson interval], n = {n}')
-    print(f'{"attack":<10}' + ''.join(f'{mode:>22}' for mode in modes))
+    most = max(r['num_examples'] for r in results)
+    print(f'Accuracy in %, [95% Wilson interval], n = {most}')
+    print(f'{"attack":<22}' + ''.join(f'{mode:>22}' for mode in modes))
     cells = {(r['attack'], r['inference']): r for r in results}
-    for attack in attacks:
-        row = f'{attack:<10}'
+    notes = []
+    for attack in dict.fromkeys(r['attack'] for r in results):
+        r = cells[attack, modes[0]]
+        row = attack + (f' (n = {r["num_examples"]})' if r['num_examples'] < most else '')
+        row = f'{row:<22}'
         for mode in modes:
             accuracy, (low, high) = (cells[attack, mode][key] for key in ('accuracy', 'interval'))
             row += f'{100 * accuracy:>8.2f} [{100 * low:5.2f}, {100 * high:5.2f}]'
         print(row, flush=True)
+        if r.get('median_l2') is not None:
+            notes.append(f'{attack}: median L2 of the {r["num_fooled"]} perturbations that fool '
+                         f'population norms {r["median_l2"]:.4f}, pixels in [0, 1]')
+    draws = [r for r in results if 'num_draws' in r]
+    if draws:
+        print(f'bn_shaping under {draws[0]["num_draws"]} draws of clean samples: mean, standard '
+              'deviation between draws, [least, greatest], right under all')
+        for r in draws:
+            low, high = r['range']
+            print(f'{r["attack"]:<22}{100 * r["accuracy"]:>8.2f} {100 * r["spread"]:6.2f} '
+                  f'[{100 * low:5.2f}, {100 * high:5.2f}] {100 * r["accuracy_all_draws"]:8.2f}')
+    for note in notes:
+        print(note)
 
 
 def write_results(path, checkpoint, step, config, results):
@@ -100,7 +188,8 @@ def write_summaries(results, step):
     """Writes TensorBoard scalars: each cell, and under the original's tags PN's clean and PGD's."""
     for r in results:
         tf.summary.scalar(f'accuracy {r["attack"]} {r["inference"]}', r['accuracy'], step)
-        tf.summary.scalar(f'xent {r["attack"]} {r["inference"]}', r['xent'], step)
+        if 'xent' in r:
+            tf.summary.scalar(f'xent {r["attack"]} {r["inference"]}', r['xent'], step)
         if r['inference'] == 'pn' and r['attack'] in ('clean', 'pgd'):
             for tag in ('{} nat',) if r['attack'] == 'clean' else ('{} adv', '{} adv eval'):
                 tf.summary.scalar(tag.format('accuracy'), r['accuracy'], step)
@@ -120,6 +209,9 @@ def main():
     config = config_from_flags()
     attacks = choice('attack', flags.FLAGS.attack, ATTACKS)
     modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
+    num_draws = flags.FLAGS.num_draws
+    if num_draws < 1:
+        raise UserError(f'--num_draws is {num_draws}; an integer of 1 or more would fit')
     if flags.FLAGS.watch and flags.FLAGS.checkpoint:
         raise UserError('--watch waits for new checkpoints, --checkpoint names one; one would fit')
     if config['eval_on_cpu']:
@@ -138,8 +230,8 @@ def main():
     def evaluate_checkpoint(checkpoint):
         step = model.load_madry_checkpoint(checkpoint)
         print(f'Checkpoint {checkpoint}, step {step}   ({datetime.now()})', flush=True)
-        results = evaluate(model, data, config, attacks, modes)
-        print_table(results, attacks, modes)
+        results = evaluate(model, data, config, attacks, modes, num_draws)
+        print_table(results, modes)
         path = os.path.join(eval_dir, 'results.json')
         write_results(path, checkpoint, step, config, results)
         with summary_writer.as_default():
@@ -171,5 +263,8 @@ if __name__ == '__main__':
     flags.DEFINE_string('inference', 'all',
                         f'Comma-separated: {", ".join(INFERENCE_MODES)}, or all.')
     flags.DEFINE_string('attack', 'clean,pgd', f'Comma-separated: {", ".join(ATTACKS)}, or all.')
+    flags.DEFINE_integer('num_draws', 1, 'Independent draws of clean samples under which '
+                         'bn_shaping classifies each example; the mean, the spread and the share '
+                         'right under all of them are reported.')
     flags.DEFINE_boolean('watch', False, 'Evaluate each new checkpoint as it comes.')
     run(main)

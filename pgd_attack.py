@@ -73,30 +73,37 @@ class LinfPGDAttack:
             tail = tf.convert_to_tensor(tail, tf.bool)
         return self._graph(x_nat, tf.cast(y, tf.int64), seed, tail)
 
-    def _perturb(self, x_nat, y, seed, tail):
+    def _perturb(self, x_nat, y, seed, tail, *given):
         lower = tf.maximum(x_nat - self.epsilon, 0.)
         upper = tf.minimum(x_nat + self.epsilon, 255.)
 
-        def project(x):
-            x = tf.clip_by_value(x, lower, upper)
+        def masked(x):
             return x if tail is None else tf.where(tail[:, None, None, None], x, x_nat)
 
-        x = x_nat
-        if self.rand:
-            # From integers: XLA makes other floats of one seed than the standard kernels do.
-            bits = tf.random.stateless_uniform(
-                tf.shape(x_nat), seed, None, None, tf.int32, alg='philox')
-            x = project(x_nat + self.epsilon * 2. ** -31 * tf.cast(bits, tf.float32))
+        target = self.target(x_nat, y)
+        x = masked(self.start(x_nat, lower, upper, seed))
         for _ in tf.range(self.num_steps):
-            x = project(x + self.step_size * tf.sign(self.gradient(x, y)))
+            x += self.step_size * tf.sign(self.gradient(x, target, *given))
+            x = masked(tf.clip_by_value(x, lower, upper))
             x.set_shape(x_nat.shape)
         return x
 
-    def gradient(self, x, y):
+    def start(self, x_nat, lower, upper, seed):
+        """Returns where the attack starts, [b, 32, 32, 3]."""
+        if not self.rand:
+            return x_nat
+        noise = 2. ** -31 * tf.cast(random_bits(x_nat, seed), tf.float32)  # uniform in [-1, 1]
+        return tf.clip_by_value(x_nat + self.epsilon * noise, lower, upper)
+
+    def target(self, x_nat, y):
+        """Returns what the loss compares the logits with: the labels y [b]."""
+        return y
+
+    def gradient(self, x, target):
         """Returns the gradient of the summed loss with respect to x, [b, 32, 32, 3]."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(x)
-            loss = self.loss(self.model(x, **self.norms), y)
+            loss = self.loss(self.model(x, **self.norms), target)
         return tape.gradient(loss, x)
 
     def loss(self, logits, y):
@@ -107,6 +114,14 @@ class LinfPGDAttack:
         correct = tf.reduce_sum(tf.where(is_label, logits, 0.), axis=1)
         best_other = tf.reduce_max(tf.where(is_label, logits.dtype.min, logits), axis=1)
         return -tf.reduce_sum(tf.nn.relu(correct - best_other + 50))
+
+
+def random_bits(like, seed):
+    """Returns int32s over their whole range, in the shape of `like`; they follow from the seed.
+
+    Random floats are made of these: XLA makes other floats of one seed than the standard kernels.
+    """
+    return tf.random.stateless_uniform(tf.shape(like), seed, None, None, tf.int32, alg='philox')
 
 
 def main():
@@ -121,10 +136,10 @@ def main():
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
     data = load_data(config)
-    images, labels = eval_examples(data, config)
+    images, _ = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))
-    attack, settings = make_attack('pgd', model, images, labels, config)
+    attack, settings = make_attack('pgd', model, data, config)
 
     # Iterate over the samples batch by batch
     x_adv = np.empty(images.shape, np.float32)

@@ -1,11 +1,17 @@
-"""Norm shaping, the paper's contribution: n:1 batches, the tail mask, the three inference modes."""
+"""Norm shaping, the paper's contribution: n:1 batches, the tail mask, the three inference modes.
+
+ShapedPGDAttack, at the end, is PGD by an attacker who goes through such batches himself.
+"""
 import numpy as np
 import tensorflow as tf
 
 from config import UserError
+from pgd_attack import LinfPGDAttack
 
 INFERENCE_MODES = ('bn', 'pn', 'bn_shaping')
 MAX_IMAGES = 1000  # in one forward pass of shaped batches: a bound on memory, not on a call
+MAX_GRADIENT_IMAGES = 100  # in one gradient of them, which keeps all activations
+DRAW = 10 ** 6  # query number of a batch's second draw of clean samples, less that of its first
 
 
 def num_clean(batch_size, ratio):
@@ -60,6 +66,12 @@ class ShapedInference:
             raise UserError(f'{self.num_clean} clean samples a batch, but only '
                             f'{len(clean_images)} to draw from')
 
+    @classmethod
+    def from_config(cls, model, data, config):
+        """Returns the bn_shaping inference that a configuration describes."""
+        return cls(model, data.train_data.xs, config['inference_shaping_ratio'],
+                   config['shaping_batch_size'], config['np_random_seed'])
+
     def __call__(self, images, query):
         """Returns the logits [b, num_classes] of images [b, 32, 32, 3], pixels in [0, 255].
 
@@ -71,28 +83,49 @@ class ShapedInference:
         logits = [self._graph(images[start:end], clean) for start, end, clean in parts]
         return tf.concat(logits, axis=0)
 
-    def split(self, num_images, query):
+    def split(self, num_images, query, max_images=MAX_IMAGES, draw=None):
         """Returns how one call is made up: a list of (start, end, clean samples).
 
         images[start:end] are shaped by those clean samples, uint8 [groups, n * test samples in a
-        group, 32, 32, 3]: first the batches that are full, then the smaller one, if any.
+        group, 32, 32, 3]: first the batches that are full, then the smaller one, if any. At most
+        max_images make one part, unless a single batch is larger. `draw` stands in for self.draw.
         """
+        draw = draw or self.draw
         full, rest = divmod(num_images, self.num_test)
-        at_once = max(1, MAX_IMAGES // (self.num_clean + self.num_test))
+        at_once = max(1, max_images // (self.num_clean + self.num_test))
         parts = []
         for first in range(0, full, at_once):
             groups = range(first, min(first + at_once, full))
-            clean = np.stack([self.draw(query, group, self.num_clean) for group in groups])
+            clean = np.stack([draw(query, group, self.num_clean) for group in groups])
             parts.append((groups.start * self.num_test, groups.stop * self.num_test, clean))
         if rest:
-            clean = self.draw(query, full, self.ratio * rest)[None]
+            clean = draw(query, full, self.ratio * rest)[None]
             parts.append((full * self.num_test, num_images, clean))
         return parts
 
     def draw(self, query, group, size):
         """Returns `size` different clean samples, the same for the same query and group."""
+        return self.clean_images[self._indices(query, group, size)]
+
+    def _indices(self, query, group, size):
         rng = np.random.default_rng([self.seed, query, group])
-        return self.clean_images[rng.choice(len(self.clean_images), size, replace=False)]
+        return rng.choice(len(self.clean_images), size, replace=False)
+
+    def draw_others(self, queries):
+        """Returns draw(query, group, size) of samples that no query in `queries` draws for a group.
+
+        Raises:
+            ValueError (when draw is called): too few clean images are left.
+        """
+        def draw(query, group, size):
+            taken = [self._indices(q, group, size) for q in queries]
+            others = np.setdiff1d(np.arange(len(self.clean_images)), np.concatenate(taken))
+            if len(others) < size:
+                raise UserError(f'{len(queries)} draws leave {len(others)} other clean samples of '
+                                f'{len(self.clean_images)}, but {size} are needed')
+            rng = np.random.default_rng([self.seed, query, group, 1])
+            return self.clean_images[rng.choice(others, size, replace=False)]
+        return draw
 
     def logits(self, images, clean):
         """Returns the logits [b, num_classes] of images [b, ...] shaped by clean [groups, k, ...].
@@ -116,7 +149,44 @@ def make_inference(model, mode, data, config):
     batches (ShapedInference). None of them changes the model. Paper, section VI.
     """
     if mode == 'bn_shaping':
-        return ShapedInference(model, data.train_data.xs, config['inference_shaping_ratio'],
-                               config['shaping_batch_size'], config['np_random_seed'])
+        return ShapedInference.from_config(model, data, config)
     graph = tf.function(lambda x: model(x, training=mode == 'bn', update_population_norms=False))
     return lambda images, query: graph(tf.cast(images, tf.float32))
+
+
+def queries_of(batch, num_draws):
+    """Returns the query numbers under which evaluation batch `batch` is classified, one a draw."""
+    return [batch + draw * DRAW for draw in range(num_draws)]
+
+
+class ShapedPGDAttack(LinfPGDAttack):
+    """PGD with batch norms through n:1 batches whose clean samples the attacker chooses.
+
+    Args:
+        shaped: a ShapedInference, whose model and way to form batches the attack goes through.
+        epsilon, num_steps, step_size, random_start, loss_func: as in LinfPGDAttack.
+    """
+
+    def __init__(self, shaped, epsilon, num_steps, step_size, random_start, loss_func):
+        super().__init__(shaped.model, epsilon, num_steps, step_size, random_start, loss_func)
+        self.shaped = shaped
+
+    def perturb(self, x_nat, y, seed, clean):
+        """Returns adversarial examples, float32 [b, 32, 32, 3]; see LinfPGDAttack.perturb.
+
+        Args:
+            seed: two ints.
+            clean: [draws, groups, k, 32, 32, 3], one or more draws of clean samples as split makes
+                them. The loss is summed over the draws: the attack is against all of them at once.
+        """
+        return self._graph(tf.cast(x_nat, tf.float32), tf.cast(y, tf.int64),
+                           tf.cast(seed, tf.int64), None, tf.convert_to_tensor(clean))
+
+    def gradient(self, x, target, clean):
+        total = tf.zeros_like(x)
+        for one_draw in clean:  # a loop of the graph's, one draw at a time in memory
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(x)
+                loss = self.loss(self.shaped.logits(x, one_draw), target)
+            total += tape.gradient(loss, x)
+        return total

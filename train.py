@@ -21,12 +21,13 @@ from cifar10_input import eval_examples, load_data
 from model import build_model
 from pgd_attack import LinfPGDAttack
 from shaping import tail_mask
+from trades import TradesAttack, kl_divergence
 
 # Keys that a run may change when it is started again: they leave the training itself as it was.
 MAY_CHANGE = ('model_dir', 'data_path', 'max_num_training_steps', 'num_output_steps',
               'num_summary_steps', 'num_checkpoint_steps', 'num_eval_examples', 'eval_batch_size',
               'eval_on_cpu', 'store_adv_path', 'inference_shaping_ratio', 'shaping_batch_size',
-              'xla', 'fgsm_epsilon')
+              'xla', 'fgsm_epsilon', 'apgd_num_steps', 'eot_draws', 'num_attack_examples')
 
 
 class MomentumOptimizer(keras.optimizers.Optimizer):
@@ -101,9 +102,12 @@ def make_batch(model, config, update_population_norms=True):
     (paper, Eq. 5 and section VI). f is made of TensorFlow ops, its randomness of tf_random_seed and
     the step number alone.
     """
-    attack = LinfPGDAttack(model, config['epsilon'], config['num_steps'], config['step_size'],
-                           config['random_start'], config['loss_func'],
-                           update_population_norms=update_population_norms)
+    ball = config['epsilon'], config['num_steps'], config['step_size']
+    if config['adversary'] == 'trades':
+        attack = TradesAttack(model, *ball, update_population_norms=update_population_norms)
+    else:
+        attack = LinfPGDAttack(model, *ball, config['random_start'], config['loss_func'],
+                               update_population_norms=update_population_norms)
     tail = adversarial_tail(config)
 
     def batch(images, labels, step):
@@ -130,10 +134,17 @@ def make_train_step(model, optimizer, config):
         int64 [m], step: int64, the number of steps before this one. The dict holds `loss` (with
         weight decay), `xent` and `accuracy` (means over the batch), the same of the clean head
         (`xent_clean`, `accuracy_clean`) and the adversarial tail (`xent_adv`, `accuracy_adv`) where
-        the training mode has them, and `learning_rate`. All are from before the update.
+        the training mode has them, `kl` where trades_beta is at work, and `learning_rate`. All are
+        from before the update.
+
+    The loss is the mean over all m samples of cross-entropy, with weight decay. The TRADES
+    adversary with trades_beta above 0 adds trades_beta * KL(p(x_nat) || p(x_adv)) to the loss of
+    each attacked sample, before that mean: in adv_only, what TRADES adds. p(x_nat) comes from a
+    pass over the natural batch, the tail's samples in the shaped batch as it was before the attack.
     """
     m = config['training_batch_size']
     tail = adversarial_tail(config)
+    beta = config['trades_beta'] if config['adversary'] == 'trades' and tail.any() else 0.
     batch = make_batch(model, config)
     optimizer.build(model.trainable_variables)
 
@@ -141,11 +152,15 @@ def make_train_step(model, optimizer, config):
         tf.TensorSpec([m, 32, 32, 3], tf.uint8), tf.TensorSpec([m], tf.int64),
         tf.TensorSpec([], tf.int64)])
     def train_step(images, labels, step):
-        _, x = batch(images, labels, step)
+        x_nat, x = batch(images, labels, step)
         with tf.GradientTape() as tape:
+            logits_nat = model(x_nat) if beta else None
             logits = model(x)
             xent = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             loss = tf.reduce_mean(xent) + config['weight_decay'] * model.weight_decay_loss()
+            if beta:
+                kl = tf.gather(kl_divergence(logits_nat, logits), np.flatnonzero(tail))
+                loss += beta * tf.reduce_sum(kl) / m
         learning_rate = tf.convert_to_tensor(optimizer.learning_rate)
         gradients = tape.gradient(loss, model.trainable_variables)
         optimizer.apply(gradients, model.trainable_variables)
@@ -153,6 +168,8 @@ def make_train_step(model, optimizer, config):
         correct = tf.cast(tf.argmax(logits, 1) == labels, tf.float32)
         metrics = {'loss': loss, 'xent': tf.reduce_mean(xent), 'accuracy': tf.reduce_mean(correct),
                    'learning_rate': learning_rate}
+        if beta:
+            metrics['kl'] = tf.reduce_mean(kl)
         for name, part in (('clean', ~tail), ('adv', tail)):
             if part.any():
                 metrics[f'xent_{name}'] = tf.reduce_mean(tf.gather(xent, np.flatnonzero(part)))
@@ -195,7 +212,9 @@ def write_summaries(metrics, nat_accuracy, x, tail, step):
                 tf.summary.scalar(tag.format(f'accuracy {name}'), metrics[f'accuracy_{name}'], step)
                 tf.summary.scalar(tag.format(f'xent {name}'), metrics[f'xent_{name}'], step)
         tf.summary.scalar(tag.format('accuracy nat'), nat_accuracy, step)
-    tf.summary.scalar('loss', metrics['loss'], step)
+    for name in ('loss', 'kl'):
+        if name in metrics:
+            tf.summary.scalar(name, metrics[name], step)
     tf.summary.scalar('learning rate', metrics['learning_rate'], step)
     for name, part in (('adv', tail), ('clean', ~tail)):
         if part.any():

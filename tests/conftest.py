@@ -15,6 +15,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from cifar10_input import CIFAR10Data  # noqa: E402
 from config import load_config  # noqa: E402
 from model import Model  # noqa: E402
 
@@ -50,7 +51,8 @@ def small_config():
     def make(**settings):
         config = load_config(None, ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1',
                                     'training_batch_size=16', 'num_steps=2', 'eval_batch_size=20',
-                                    'num_eval_examples=50', 'step_size_schedule=[[0, 0.1]]'])
+                                    'num_eval_examples=50', 'step_size_schedule=[[0, 0.1]]',
+                                    'apgd_num_steps=4', 'eot_draws=2'])
         return {**config, **settings}
     return make
 
@@ -60,3 +62,12 @@ def batch():
     """16 random images, uint8, and their labels."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (16, 32, 32, 3), np.uint8), rng.integers(0, 10, 16)
+
+
+@pytest.fixture
+def data():
+    """200 training and 60 test images of random pixels and labels."""
+    rng = np.random.default_rng(3)
+    def subset(n):
+        return rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, n)
+    return CIFAR10Data(subset(200), subset(60), [str(i) for i in range(10)])

@@ -30,7 +30,7 @@ def main():
     model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))
     classify = tf.function(lambda x: model(x, training=False))
 
-    ours, settings = make_attack('pgd', model, images, labels, config)
+    ours, settings = make_attack('pgd', model, data, config)
     library = foolbox.attacks.LinfPGD(abs_stepsize=settings['step_size'],
                                       steps=settings['num_steps'],
                                       random_start=settings['random_start'])

@@ -6,18 +6,9 @@ import pytest
 import tensorflow as tf
 
 from attacks import ATTACKS, make_attack, perturbation_fault
-from cifar10_input import CIFAR10Data
 from config import UserError
 from eval import choice, evaluate, wilson_interval, write_results
 from shaping import INFERENCE_MODES
-
-
-@pytest.fixture
-def data():
-    rng = np.random.default_rng(3)
-    def subset(n):
-        return rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, n)
-    return CIFAR10Data(subset(200), subset(60), [str(i) for i in range(10)])
 
 
 @pytest.mark.parametrize('correct, n, low, high', [
@@ -30,18 +21,22 @@ def test_wilson_intervals_are_those_of_the_literature(correct, n, low, high):
 
 def test_every_attack_stays_in_its_ball_and_leaves_the_model_alone(small_model, small_config, data):
     config = small_config()
-    images, labels = data.eval_data.xs[:50], data.eval_data.ys[:50]
+    images = data.eval_data.xs
     before = [v.numpy().copy() for v in small_model.variables]
     for name in ATTACKS:
-        attack, settings = make_attack(name, small_model, images, labels, config)
+        if name == 'cw':
+            continue  # a thousand iterations five times over: see test_attacks.py
+        attack, settings = make_attack(name, small_model, data, config)
         for start, end in ((0, 20), (40, 50)):
-            x_adv = attack(start, end).numpy()
+            x_adv = np.asarray(attack(start, end))
             assert x_adv.shape == (end - start, 32, 32, 3)
             assert perturbation_fault(images[start:end], x_adv, settings['epsilon']) is None
             changed = (x_adv != images[start:end]).reshape(end - start, -1).mean(axis=1)
-            assert (changed > 0.5).all() == (name != 'clean')  # each sample is attacked
-            assert (x_adv == attack(start, end).numpy()).all()  # and always in the same way
-    assert settings['norms'] == 'bn'
+            assert (changed > 0.5).all() == (name not in ('clean', 'deepfool'))  # each is attacked
+            assert (x_adv == np.asarray(attack(start, end))).all()  # and always in the same way
+        assert settings.get('norms') == {'clean': None, 'shaping': 'bn', 'adaptive': 'bn_shaping',
+                                         'adaptive_weak': 'bn_shaping',
+                                         'apgd_eot': 'bn_shaping'}.get(name, 'pn')
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
 
 
@@ -49,7 +44,7 @@ def test_the_shaping_attack_changes_one_share_of_a_batch_at_a_time(small_model, 
     """3:1 unchanged to attacked: what the samples see of each other is their clean versions."""
     config = small_config(random_start=False)
     images, labels = data.eval_data.xs[:20], data.eval_data.ys[:20]
-    attack, _ = make_attack('shaping', small_model, images, labels, config)
+    attack, _ = make_attack('shaping', small_model, data, {**config, 'num_eval_examples': 20})
     from pgd_attack import LinfPGDAttack
     pgd = LinfPGDAttack(small_model, 8., 2, 2., False, 'xent', update_population_norms=False)
     x_adv = attack(0, 20).numpy()
@@ -62,25 +57,99 @@ def test_the_shaping_attack_changes_one_share_of_a_batch_at_a_time(small_model, 
 def test_an_eval_batch_that_does_not_fit_the_shaping_attack_is_named(
         small_model, small_config, data):
     with pytest.raises(UserError, match='eval_batch_size is 18.*20'):
-        make_attack('shaping', small_model, data.eval_data.xs, data.eval_data.ys,
-                    small_config(eval_batch_size=18))
+        make_attack('shaping', small_model, data, small_config(eval_batch_size=18))
 
 
 def test_results_hold_every_cell_and_the_stated_fields(small_model, small_config, data, tmp_path):
-    config = small_config()
+    config = small_config(num_attack_examples={'apgd_eot': 20, 'pgd': 1000})
     before = [v.numpy().copy() for v in small_model.variables]
-    results = evaluate(small_model, data, config, ATTACKS, INFERENCE_MODES)
+    attacks = [name for name in ATTACKS if name != 'cw']
+    results = evaluate(small_model, data, config, attacks, INFERENCE_MODES)
     assert [(r['attack'], r['inference']) for r in results] == [
-        (a, m) for a in ATTACKS for m in INFERENCE_MODES]
+        (a, m) for a in [*attacks, 'worst case', 'worst in ball'] for m in INFERENCE_MODES]
+    cells = {(r['attack'], r['inference']): r for r in results}
     for r in results:
-        assert r['num_examples'] == 50
+        few = r['attack'] in ('apgd_eot', 'worst case', 'worst in ball')
+        assert r['num_examples'] == (20 if few else 50)
         assert r['interval'][0] <= r['accuracy'] <= r['interval'][1]
-    assert results[6]['epsilon'] == 8 and results[6]['norms'] == 'pn'
+    assert cells['pgd', 'pn']['epsilon'] == 8 and cells['pgd', 'pn']['norms'] == 'pn'
+    assert cells['deepfool', 'bn']['num_fooled'] > 0 and cells['deepfool', 'bn']['median_l2'] > 0
+    assert cells['adaptive', 'bn_shaping']['shaping_batch_size'] == 100
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
     write_results(tmp_path / 'results.json', 'checkpoint-7', 7, config, results)
     written = json.loads((tmp_path / 'results.json').read_text())
     assert set(written) == {'checkpoint', 'step', 'config', 'results'}
     assert written['results'][0]['interval'] == list(results[0]['interval'])
+
+
+@pytest.fixture
+def judged(monkeypatch, data, small_config):
+    """f(...) -> evaluate's cells, where attacks and inference are played by tables.
+
+    A stub attack marks its examples by one pixel, more or less than epsilon; the stub inference
+    looks up whether a sample is right under that attack and draw.
+    """
+    import eval
+    def play(right, num_draws=1, **settings):  # {(attack, step): {draw: [right or wrong]}}
+        names = [name for name, _ in right]
+        config = small_config(num_eval_examples=6, eval_batch_size=4, **settings)
+        labels = data.eval_data.ys[:6]
+        def make_attack(name, model, data, config, num_draws):
+            size = dict(list(right))[name]
+            def attack(start, end):
+                x_adv = np.full((end - start, 32, 32, 3), 100, np.float32)
+                x_adv[:, 0, 0, 0] += size
+                x_adv[:, 0, 0, 1] = names.index(name)
+                x_adv[:, 0, 0, 2] = np.arange(start, end)
+                return x_adv
+            return attack, {'epsilon': None}
+        def make_inference(model, mode, data, config):
+            def classify(x, query):
+                name, draw = names[int(x[0, 0, 0, 1])], query // 10 ** 6
+                table = right[name, dict(list(right))[name]]
+                chosen = x[:, 0, 0, 2].astype(int)
+                ok = np.array(table[draw % len(table)])[chosen]
+                return tf.one_hot(np.where(ok, labels[chosen], (labels[chosen] + 1) % 10), 10)
+            return classify
+        monkeypatch.setattr(eval, 'make_attack', make_attack)
+        monkeypatch.setattr(eval, 'make_inference', make_inference)
+        data.eval_data.xs[:] = 100
+        data.eval_data.xs[:, 0, 0, 1:] = np.stack([np.zeros(60), np.arange(60)], 1)
+        results = evaluate(None, data, config, names, ['pn', 'bn_shaping'], num_draws)
+        return {(r['attack'], r['inference']): r for r in results}
+    return play
+
+
+def test_the_worst_case_counts_who_survives_everything(judged):
+    cells = judged({('pgd', 5): [[1, 1, 1, 0, 1, 1]], ('fgsm', 16): [[0, 1, 1, 0, 1, 0]],
+                    ('shaping', 8): [[1, 0, 1, 1, 1, 1]]})
+    assert cells['pgd', 'pn']['accuracy'] == pytest.approx(5 / 6)
+    assert cells['worst case', 'pn']['accuracy'] == pytest.approx(2 / 6)
+    assert cells['worst in ball', 'pn']['accuracy'] == pytest.approx(4 / 6)  # not FGSM at 16
+    assert cells['worst case', 'pn']['attacks'] == ['pgd', 'fgsm', 'shaping']
+
+
+def test_attacks_run_on_fewer_examples_bound_the_worst_case(judged):
+    cells = judged({('pgd', 5): [[1, 1, 0, 0, 0, 0]], ('cw', 1): [[1, 0, 1, 1, 1, 1]]},
+                   num_attack_examples={'cw': 3})
+    assert cells['cw', 'pn']['num_examples'] == 3
+    assert cells['cw', 'pn']['accuracy'] == pytest.approx(2 / 3)
+    assert cells['worst case', 'pn']['num_examples'] == 3
+    assert cells['worst case', 'pn']['accuracy'] == pytest.approx(1 / 3)
+
+
+def test_draws_give_mean_spread_and_what_is_right_under_all(judged):
+    cells = judged({('pgd', 5): [[1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0]],
+                    ('shaping', 5): [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]]},
+                   num_draws=3)
+    r = cells['pgd', 'bn_shaping']
+    assert r['accuracy'] == pytest.approx(np.mean([5, 2, 2]) / 6)
+    assert r['spread'] == pytest.approx(np.std([5 / 6, 2 / 6, 2 / 6], ddof=1))
+    assert r['range'] == pytest.approx([2 / 6, 5 / 6]) and r['num_draws'] == 3
+    assert r['accuracy_all_draws'] == pytest.approx(1 / 6)
+    assert cells['worst case', 'bn_shaping']['accuracy'] == pytest.approx(np.mean([5, 2, 1]) / 6)
+    assert cells['worst case', 'bn_shaping']['accuracy_all_draws'] == 0
+    assert 'num_draws' not in cells['pgd', 'pn']  # one answer: nothing is drawn
 
 
 def test_accuracy_is_that_of_a_direct_count(small_model, small_config, data):
@@ -97,8 +166,9 @@ def test_accuracy_is_that_of_a_direct_count(small_model, small_config, data):
 def test_a_batch_that_left_its_ball_is_never_counted(
         small_model, small_config, data, monkeypatch, spoil):
     import eval
-    def broken(name, model, images, labels, config):
-        return lambda start, end: spoil(tf.cast(images[start:end], tf.float32)), {'epsilon': 8.}
+    def broken(name, model, data, config, num_draws):
+        return lambda start, end: spoil(
+            tf.cast(data.eval_data.xs[start:end], tf.float32)), {'epsilon': 8.}
     monkeypatch.setattr(eval, 'make_attack', broken)
     with pytest.raises(RuntimeError, match='pgd, samples 0 to 19'):
         evaluate(small_model, data, small_config(), ['pgd'], ['pn'])

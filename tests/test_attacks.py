@@ -1,0 +1,203 @@
+"""The evaluation's attacks, against closed forms, plain loops and what they promise to know."""
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import apgd
+from attacks import apgd_attack, make_attack, minimum_norm_attack
+from config import UserError
+from shaping import DRAW, ShapedInference, ShapedPGDAttack, make_inference
+
+RNG = np.random.default_rng(0)
+WEIGHTS = RNG.normal(size=(32 * 32 * 3, 3)).astype(np.float32) / 5000
+
+
+class Linear:
+    """Three classes, logits linear in the pixels: every minimum distance has a closed form."""
+
+    def __call__(self, x, training=True, **_):
+        return tf.matmul(tf.reshape(x, [-1, 32 * 32 * 3]) - 128, WEIGHTS)
+
+
+@pytest.fixture(scope='module')
+def linear():
+    """(model, images, the model's own labels, distance to the nearest boundary on [0, 1])"""
+    images = RNG.integers(100, 156, (6, 32, 32, 3), np.uint8)
+    logits = Linear()(tf.cast(images, tf.float32)).numpy()
+    labels = logits.argmax(1)
+    distances = [min((z[y] - z[k]) / np.linalg.norm(WEIGHTS[:, y] - WEIGHTS[:, k]) / 255
+                     for k in range(3) if k != y) for z, y in zip(logits, labels)]
+    return Linear(), images, labels, np.array(distances)
+
+
+@pytest.mark.parametrize('name, excess', [('deepfool', 0.03), ('cw', 0.2)])
+def test_minimum_norm_attacks_find_the_nearest_boundary(linear, name, excess):
+    """On [0, 1] and back: DeepFool oversteps by its 2% and a 1e-4, C&W closes in from outside."""
+    model, images, labels, distances = linear
+    attack, settings = minimum_norm_attack(name, model, images, labels)
+    x_adv = attack(0, 6).numpy()
+    assert (np.argmax(model(x_adv), 1) != labels).all()
+    found = np.linalg.norm((x_adv - images).reshape(6, -1), axis=1) / 255
+    assert (found >= distances * 0.999).all() and (found <= distances * (1 + excess)).all()
+    assert settings['epsilon'] is None and settings['norms'] == 'pn'
+
+
+def test_samples_that_are_wrong_already_come_back_as_they_are(linear):
+    model, images, labels, _ = linear
+    wrong = labels.copy()
+    wrong[::2] = (wrong[::2] + 1) % 3
+    attack, _ = minimum_norm_attack('deepfool', model, images, wrong)
+    x_adv = attack(0, 6).numpy()
+    assert (x_adv[::2] == images[::2]).all() and (x_adv[1::2] != images[1::2]).any()
+
+
+def test_settings_are_cleverhans_defaults(linear):
+    """CleverHans v2.1, attacks.py: CarliniWagnerL2.parse_params, DeepFool.parse_params."""
+    _, settings = minimum_norm_attack('cw', *linear[:3])
+    assert {k: settings[k] for k in ('binary_search_steps', 'num_steps', 'learning_rate',
+                                     'initial_const', 'confidence', 'abort_early')} == {
+        'binary_search_steps': 5, 'num_steps': 1000, 'learning_rate': 5e-3, 'initial_const': 1e-2,
+        'confidence': 0, 'abort_early': True}
+    _, settings = minimum_norm_attack('deepfool', *linear[:3])
+    assert (settings['candidates'], settings['overshoot'], settings['num_steps']) == (10, 0.02, 50)
+
+
+def test_the_checks_of_apgd_are_the_papers():
+    """Croce and Hein 2020, section 3: p_0 = 0, p_1 = 0.22, p_j+1 = p_j + max(...)."""
+    assert apgd.checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert apgd.checkpoints(10) == [3, 5, 6, 7, 8, 9, 10]
+
+
+def test_dlr_is_that_of_numpy_and_does_not_see_the_logits_scale():
+    logits, y = RNG.normal(0, 3, (40, 10)), RNG.integers(0, 10, 40)
+    def dlr(z, label):
+        top = np.sort(z)
+        best_other = max(v for k, v in enumerate(z) if k != label)
+        return -(z[label] - best_other) / (top[-1] - top[-3])
+    expected = [dlr(z, label) for z, label in zip(logits, y)]
+    for scale in (1, 100):
+        ours = apgd.dlr_loss(tf.constant(scale * logits, tf.float32), tf.constant(y))
+        np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('loss_func', apgd.LOSSES)
+def test_apgd_reaches_the_corner_that_is_the_optimum(linear, loss_func):
+    """Two linear classes and one far off: the worst point of the ball is a corner, known."""
+    model, images, _, _ = linear
+    def two_classes(x):
+        return model(x) * [1., 1., 0.] - [0., 0., 1000.]
+    images = images.astype(np.float32)
+    z = two_classes(images).numpy()
+    y = z.argmax(1)
+    direction = np.sign(WEIGHTS[:, 1] - WEIGHTS[:, 0]).reshape(32, 32, 3)
+    corner = two_classes(images + 4 * direction * np.where(y, -1, 1)[:, None, None, None]).numpy()
+    gradient_of = apgd.loss_gradient(two_classes, loss_func)
+    x_adv, right = apgd.apgd(apgd.averaged(gradient_of, y, lambda: [()]), images, 4., 30,
+                             np.random.default_rng(0))
+    assert np.abs(x_adv - images).max() <= 4
+    def lead(z):
+        return (z[:, 0] - z[:, 1]) * np.where(y, -1, 1)
+    reached = lead(two_classes(x_adv).numpy())
+    assert (lead(z) - reached > 0.98 * (lead(z) - lead(corner))).all()
+    assert (right == (reached > 0)).all()
+
+
+def test_apgd_halves_its_step_where_it_finds_no_progress():
+    """The loss peaks inside the ball: fixed steps of 2 epsilon would jump over it for ever."""
+    peak = 3.3
+    def evaluate(x):
+        offset = x - (100 + peak)
+        return -np.abs(offset).sum((1, 2, 3)), np.ones(len(x), np.float32), -np.sign(offset)
+    x_adv, _ = apgd.apgd(evaluate, np.full((1, 4, 4, 1), 100.), 8., 100, np.random.default_rng(0))
+    assert np.abs(x_adv - 100 - peak).mean() < 0.3
+
+
+def shaped_examples(name, model, data, config, num_draws):
+    """One batch's adaptive examples by a plain loop over the draws that the inference makes."""
+    shaped = make_inference(model, 'bn_shaping', data, config)
+    images, labels = data.eval_data.xs[20:40], data.eval_data.ys[20:40]
+    x = images.astype(np.float32)
+    for _ in range(config['num_steps']):
+        total = np.zeros_like(x)
+        for draw in range(num_draws):
+            for a, b, clean in shaped.split(20, 1 + draw * DRAW):  # eval_batch_size 20: batch 1
+                part = tf.constant(x[a:b])
+                with tf.GradientTape() as tape:
+                    tape.watch(part)
+                    loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(
+                        labels[a:b], shaped.logits(part, clean)))
+                total[a:b] += tape.gradient(loss, part).numpy()
+        x = np.clip(np.clip(x + 2 * np.sign(total), images - 8., images + 8.), 0, 255)
+        x = x.astype(np.float32)
+    return x
+
+
+@pytest.mark.parametrize('num_draws', [1, 2])
+@pytest.mark.parametrize('name', ['adaptive', 'adaptive_weak'])
+def test_adaptive_goes_through_the_very_samples_of_the_inference_and_weak_does_not(
+        small_model, small_config, data, name, num_draws):
+    config = small_config(random_start=False, shaping_batch_size=30)
+    attack, _ = make_attack(name, small_model, data, config, num_draws)
+    agreement = (attack(20, 40).numpy() == shaped_examples(
+        name, small_model, data, config, num_draws)).mean()
+    assert agreement > 0.99 if name == 'adaptive' else agreement < 0.95
+
+
+def test_other_samples_are_none_of_those_that_any_draw_uses(small_model, data):
+    data.train_data.xs[:, 0, 0, 0] = np.arange(200)  # each is known by a pixel
+    shaped = ShapedInference(small_model, data.train_data.xs, 9, 100, 5)
+    def ids(draw, query):
+        return {int(image[0, 0, 0]) for image in draw(query, 3, 40)}
+    queries = [4, 4 + DRAW]
+    others = shaped.draw_others(queries)
+    used = ids(shaped.draw, 4) | ids(shaped.draw, 4 + DRAW)
+    for query in queries:
+        assert len(ids(others, query)) == 40 and not ids(others, query) & used
+    with pytest.raises(UserError, match='5 draws leave .* other clean samples of 200, but 90'):
+        shaped.draw_others([1, 2, 3, 4, 5])(1, 0, 90)
+
+
+def test_shaped_attacks_leave_the_moving_averages_alone_and_stay_in_the_ball(small_model, data):
+    shaped = ShapedInference(small_model, data.train_data.xs, 4, 10, 0)
+    before = [v.numpy().copy() for v in small_model.variables]
+    images, labels = data.eval_data.xs[:4], data.eval_data.ys[:4]
+    clean = np.stack([shaped.split(4, q)[0][2] for q in (0, 1)])
+    x_adv = ShapedPGDAttack(shaped, 8., 3, 4., True, 'xent').perturb(images, labels, (0, 0), clean)
+    assert 7 < np.abs(x_adv - images).max() <= 8
+    assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
+
+
+def test_apgd_eot_draws_afresh_at_every_step_and_not_what_the_inference_draws(
+        small_model, small_config, data, monkeypatch):
+    seen = []
+    original = ShapedInference.logits
+    def logits(self, images, clean):
+        tf.py_function(lambda c: seen.append(c.numpy()[0, :, 0, 0, 0].astype(int).tolist()),
+                       [clean], [])
+        return original(self, images, clean)
+    monkeypatch.setattr(ShapedInference, 'logits', logits)
+    data.train_data.xs[:, 0, 0, 0] = np.arange(200)
+    config = small_config(shaping_batch_size=10, inference_shaping_ratio=9, apgd_num_steps=3,
+                          eot_draws=4, num_eval_examples=1)
+    attack, settings = apgd_attack('apgd_eot', small_model, data, config)
+    attack(0, 1)
+    steps = [tuple(draw) for draw in seen]
+    # Two losses, each three steps and the start; then both examples under the same fresh draws
+    assert len(steps) == 2 * 4 * 4 + 2 * 4 and settings['eot_draws'] == 4
+    assert len(set(steps[:32])) == 32 and steps[32:36] == steps[36:40]
+    assert not set(steps[32:36]) & set(steps[:32])
+    shaped = make_inference(small_model, 'bn_shaping', data, config)
+    assert tuple(shaped.draw(0, 0, 9)[:, 0, 0, 0].tolist()) not in set(steps)
+
+
+def test_apgd_is_no_weaker_than_pgd_on_either_loss(small_model, small_config, data):
+    """On the network's own labels, so that there is something to lose; population norms."""
+    small_model(data.train_data.xs)  # gives the moving averages some truth
+    data.eval_data.ys[:] = np.argmax(small_model(data.eval_data.xs, training=False), 1)
+    config = small_config(num_steps=20, apgd_num_steps=20, epsilon=0.5, step_size=0.1)
+    right = {}
+    for name in ('pgd', 'apgd'):
+        attack, _ = make_attack(name, small_model, data, config)
+        right[name] = np.mean(np.argmax(small_model(attack(0, 50), training=False), 1)
+                              == data.eval_data.ys[:50])
+    assert right['apgd'] <= right['pgd'] + 0.02
