@@ -40,85 +40,116 @@ def wilson_interval(num_correct, n, z=1.959964):
     return max(0., centre - half), min(1., centre + half)
 
 
-def evaluate(model, data, config, attacks, modes, num_draws=1, ratios=None):
+def evaluate(model, data, config, attacks, modes, num_draws=1):
     """Returns a list of results, one for each attack and inference mode, then the worst cases.
-
-    Every batch of adversarial examples is made once, is verified to lie in its ball and in
-    [0, 255], and is then classified under each mode. The clean samples of bn_shaping are the same
-    for each attack (drawn by the batch's number), so that the attacks are compared on equal terms.
 
     Args:
         model: a model.Model. data: a CIFAR10Data. config: the configuration.
         attacks, modes: names in ATTACKS and INFERENCE_MODES.
-        num_draws: under how many independent draws of clean samples bn_shaping classifies each
-            example. Its accuracy is then the mean over the draws.
-        ratios: the inference shaping ratios of bn_shaping, one result for each. Default: the
-            configuration's.
-
-    The worst cases are over the examples that all attacks were run on, where more than one was.
-    'worst case' counts the test samples that survive every attack that was run; 'worst in ball'
-    lets only those examples count that lie within epsilon, so not FGSM's at 16 nor what C&W and
-    DeepFool find farther off.
+        num_draws: see evaluate_attack.
 
     Raises:
         RuntimeError: an adversarial batch left its ball or [0, 255]: a defect, nothing is counted.
     """
-    images, labels = eval_examples(data, config)
-    batch_size = config['eval_batch_size']
-    judges = {}  # (mode, ratio or None): (f(images, query) -> logits, draws)
+    judges = make_judges(model, data, config, modes)
+    made = {name: make_attack(name, model, data, config, num_draws) for name in attacks}
+    results, right, in_ball = [], {}, {}
+    for name, attack in made.items():
+        of_attack, right[name], in_ball[name] = evaluate_attack(name, attack, data, config, judges,
+                                                                num_draws)
+        results += of_attack
+    return results + worst_cases(right, in_ball, config)
+
+
+def make_judges(model, data, config, modes, ratios=None):
+    """Returns {(mode, inference shaping ratio or None): f(images, query) -> logits}.
+
+    Args:
+        ratios: those of bn_shaping, one judge for each. Default: the configuration's alone.
+    """
+    judges = {}
     for mode in modes:
         for ratio in (ratios or [config['inference_shaping_ratio']]) if mode == 'bn_shaping' else (
                 [None]):
             settings = config if ratio is None else {**config, 'inference_shaping_ratio': ratio}
-            judges[mode, ratio] = (make_inference(model, mode, data, settings),
-                                   num_draws if mode == 'bn_shaping' else 1)
-    made = {name: make_attack(name, model, data, config, num_draws) for name in attacks}
-    right = {}  # (attack, judge): bool [draws, n]
-    in_ball, results = {}, []
-    for name, (attack, settings) in made.items():
-        n, seconds, sizes = num_examples(name, config), 0., []
-        xent = dict.fromkeys(judges, 0.)
-        for judge, (_, draws) in judges.items():
-            right[name, judge] = np.zeros([draws, n], bool)
-        in_ball[name] = np.zeros(n, bool)
-        for start in tqdm(range(0, n, batch_size), desc=name, unit='batch', leave=False,
-                          disable=not sys.stderr.isatty()):
-            end = min(start + batch_size, n)
-            x_nat, y = images[start:end].astype(np.float32), labels[start:end]
-            begin = timer()
-            x_adv = np.asarray(attack(start, end), np.float32)
-            seconds += timer() - begin
-            fault = perturbation_fault(x_nat, x_adv, settings['epsilon'])
-            if fault:
-                raise RuntimeError(f'{name}, samples {start} to {end - 1}: {fault}')
-            size = np.abs(x_adv - x_nat).reshape(end - start, -1)
-            in_ball[name][start:end] = size.max(axis=1) <= config['epsilon'] + 1e-4
-            sizes.append(np.linalg.norm(size / 255, axis=1))
-            for judge, (classify, draws) in judges.items():
-                for draw, query in enumerate(queries_of(start // batch_size, draws)):
-                    logits = classify(x_adv, query)
-                    right[name, judge][draw, start:end] = np.argmax(logits, 1) == y
-                    xent[judge] += float(tf.reduce_sum(
-                        tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))) / (draws * n)
-        settings = {**settings, 'seconds': round(seconds, 3)}
-        if name in MINIMUM_NORM:
-            moved = np.concatenate(sizes)
-            moved = moved[moved > 0]
-            settings |= {'num_fooled': len(moved),
-                         'median_l2': float(np.median(moved)) if len(moved) else None}
-        results += [cell(name, judge, right[name, judge], config,
-                         {'xent': xent[judge], **settings}) for judge in judges]
+            judges[mode, ratio] = make_inference(model, mode, data, settings)
+    return judges
 
-    if len(attacks) > 1:
-        n = min(len(v) for v in in_ball.values())
-        for name in (WORST_CASE, WORST_IN_BALL):
-            for judge in judges:
-                survive = [right[a, judge][:, :n]
-                           | (False if name == WORST_CASE else ~in_ball[a][:n]) for a in attacks]
-                settings = {'attacks': list(attacks)}
-                if name == WORST_IN_BALL:
-                    settings['epsilon'] = config['epsilon']
-                results.append(cell(name, judge, np.all(survive, axis=0), config, settings))
+
+def evaluate_attack(name, attack, data, config, judges, num_draws=1):
+    """Makes one attack's examples, once, and has each judge classify them.
+
+    Every batch is verified to lie in its ball and in [0, 255] before it is counted. The clean
+    samples of bn_shaping are the same for each attack (drawn by the batch's number), so that the
+    attacks are compared on equal terms.
+
+    Args:
+        name, attack: an attack's name and what make_attack returned for it.
+        judges: as make_judges returns them.
+        num_draws: under how many independent draws of clean samples bn_shaping classifies each
+            example. Its accuracy is then the mean over the draws.
+
+    Returns:
+        (a list of results, one a judge; {judge: bool [draws, n], which were right}; bool [n], which
+        examples lie within epsilon of their image)
+    """
+    images, labels = eval_examples(data, config)
+    batch_size, n = config['eval_batch_size'], num_examples(name, config)
+    perturb, settings = attack
+    queries = {judge: num_draws if judge[0] == 'bn_shaping' else 1 for judge in judges}
+    right = {judge: np.zeros([draws, n], bool) for judge, draws in queries.items()}
+    xent, in_ball, l2, seconds = dict.fromkeys(judges, 0.), np.zeros(n, bool), np.zeros(n), 0.
+    for start in tqdm(range(0, n, batch_size), desc=name, unit='batch', leave=False,
+                      disable=not sys.stderr.isatty()):
+        end = min(start + batch_size, n)
+        x_nat, y = images[start:end].astype(np.float32), labels[start:end]
+        begin = timer()
+        x_adv = np.asarray(perturb(start, end), np.float32)
+        seconds += timer() - begin
+        fault = perturbation_fault(x_nat, x_adv, settings['epsilon'])
+        if fault:
+            raise RuntimeError(f'{name}, samples {start} to {end - 1}: {fault}')
+        change = np.abs(x_adv - x_nat).reshape(end - start, -1)
+        in_ball[start:end] = change.max(axis=1) <= config['epsilon'] + 1e-4
+        l2[start:end] = np.linalg.norm(change / 255, axis=1)
+        for judge, classify in judges.items():
+            for draw, query in enumerate(queries_of(start // batch_size, queries[judge])):
+                logits = classify(x_adv, query)
+                right[judge][draw, start:end] = np.argmax(logits, 1) == y
+                xent[judge] += float(tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(
+                    y, logits))) / (queries[judge] * n)
+    settings = {**settings, 'seconds': round(seconds, 3)}
+    if name in MINIMUM_NORM:
+        fooled = l2[l2 > 0]
+        settings |= {'num_fooled': len(fooled),
+                     'median_l2': float(np.median(fooled)) if len(fooled) else None}
+    results = [cell(name, judge, right[judge], config, {'xent': xent[judge], **settings})
+               for judge in judges]
+    return results, right, in_ball
+
+
+def worst_cases(right, in_ball, config):
+    """Returns the results of the worst cases, none where there is a single attack.
+
+    They are over the examples that all attacks were run on. 'worst case' counts the test samples
+    that survive every attack that was run; 'worst in ball' lets only those examples count that lie
+    within epsilon, so not FGSM's at 16 nor what C&W and DeepFool find farther off.
+
+    Args:
+        right, in_ball: {attack: what evaluate_attack returned}.
+    """
+    if len(right) < 2:
+        return []
+    n = min(len(v) for v in in_ball.values())
+    results = []
+    for name in (WORST_CASE, WORST_IN_BALL):
+        settings = {'attacks': list(right)}
+        if name == WORST_IN_BALL:
+            settings['epsilon'] = config['epsilon']
+        for judge in next(iter(right.values())):
+            survive = [right[a][judge][:, :n] | (False if name == WORST_CASE else ~in_ball[a][:n])
+                       for a in right]
+            results.append(cell(name, judge, np.all(survive, axis=0), config, settings))
     return results
 
 

@@ -88,7 +88,8 @@ class Model(keras.Model):
         """dict: the original's name of each variable -> the variable."""
         return dict(self._by_name)
 
-    def call(self, images, training=True, num_groups=1, update_population_norms=True):
+    def call(self, images, training=True, num_groups=1, update_population_norms=True,
+             norms_from=None):
         """Computes the logits of a batch.
 
         Args:
@@ -100,6 +101,9 @@ class Model(keras.Model):
                 forward pass of the original's training does. False where a model is only judged:
                 an evaluation with BN must not change what PN will answer. They never move with
                 num_groups > 1, where there is no one batch to move towards.
+            norms_from: with BN, normalizes the whole batch by the statistics of this many first
+                samples: how the others look to the batch norms of these. The moving averages are
+                left alone.
 
         Returns:
             logits [b, num_classes], float32.
@@ -114,6 +118,9 @@ class Model(keras.Model):
                 for v in ('beta', 'gamma', 'moving_mean', 'moving_variance'))
             if not training:
                 return population_norm(x, gamma, beta, moving_mean, moving_variance)
+            if norms_from is not None:
+                mean, variance = tf.nn.moments(tf.cast(x[:norms_from], tf.float32), [0, 1, 2])
+                return population_norm(x, gamma, beta, mean, variance)
             y, mean, variance = batch_norm_by_group(x, gamma, beta, num_groups)
             if update_population_norms and num_groups == 1:
                 moving_mean.assign_sub((moving_mean - mean) * (1 - BN_DECAY))

@@ -1,0 +1,555 @@
+"""Computes the paper's Tables I to IV and its in-text experiments, beside the paper's figures.
+
+    python reproduce.py table1 table2 table3 table4 confoundings --config configs/three_classes.json
+    python reproduce.py sweeps --config configs/quick.json      # accuracy against steps, epsilon
+
+Trains what is missing, each model in a folder of its own in model_dir, by train.py; evaluates what
+is missing; writes MODEL_DIR/tables/NAME.md and figures beside them, and prints the tables. Every
+figure is kept in MODEL_DIR/cells as soon as it is known, with the settings that it depends on: what
+is done is never done again, so the program can be stopped and started at any time. Another setting
+makes other cells beside the old ones.
+"""
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+from absl import flags
+import numpy as np
+
+from config import FIELDS, UserError, config_from_flags, run, store_config
+import tensorflow as tf
+
+from attacks import make_attack, num_examples
+from cifar10_input import eval_examples, load_data
+from confoundings import excess, logit_errors, perturbation_sizes
+from eval import evaluate_attack, make_judges, worst_cases
+from model import build_model
+from shaping import INFERENCE_MODES
+
+TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'sweeps')
+MODES = {'adv_only': 'adv. only', 'shaping_in_training': 'shaping in training',
+         'shaping_in_attack_and_training': 'shaping in attack + training'}
+MAIN = 'shaping_in_attack_and_training'
+ATTACK_ROWS = ('clean', 'pgd', 'cw', 'fgsm', 'deepfool', 'shaping')  # the paper's, in its order
+OWN_ROWS = ('apgd', 'adaptive', 'apgd_eot')                           # beyond Tables I and II
+
+# The paper's Tables I and II: {training mode: {attack: accuracy under bn, pn, bn_shaping}}
+PAPER_TABLES = {
+    'pgd': {
+        'adv_only': {
+            'clean': (0.877, 0.869, 0.873), 'pgd': (0.501, 0.47, 0.504),
+            'cw': (0.865, 0.821, 0.864), 'fgsm': (0.391, 0.376, 0.395),
+            'deepfool': (0.503, 0.071, 0.515), 'shaping': (0.606, 0.614, 0.600)},
+        'shaping_in_training': {
+            'clean': (0.932, 0.922, 0.932), 'pgd': (0.142, 0.0, 0.384),
+            'cw': (0.92, 0.0, 0.896), 'fgsm': (0.263, 0.502, 0.544),
+            'deepfool': (0.929, 0.051, 0.903), 'shaping': (0.696, 0.727, 0.447)},
+        'shaping_in_attack_and_training': {
+            'clean': (0.941, 0.944, 0.942), 'pgd': (0.281, 0.030, 0.816),
+            'cw': (0.905, 0.069, 0.904), 'fgsm': (0.552, 0.597, 0.740),
+            'deepfool': (0.914, 0.037, 0.911), 'shaping': (0.481, 0.494, 0.533)}},
+    'trades': {
+        'adv_only': {
+            'clean': (0.890, 0.888, 0.889), 'pgd': (0.476, 0.462, 0.481),
+            'cw': (0.880, 0.845, 0.880), 'fgsm': (0.351, 0.347, 0.359),
+            'deepfool': (0.521, 0.066, 0.521), 'shaping': (0.522, 0.533, 0.539)},
+        'shaping_in_training': {
+            'clean': (0.937, 0.925, 0.938), 'pgd': (0.298, 0.028, 0.529),
+            'cw': (0.933, 0.053, 0.925), 'fgsm': (0.348, 0.467, 0.489),
+            'deepfool': (0.941, 0.052, 0.924), 'shaping': (0.729, 0.851, 0.472)},
+        'shaping_in_attack_and_training': {
+            'clean': (0.945, 0.945, 0.944), 'pgd': (0.202, 0.004, 0.817),
+            'cw': (0.899, 0.026, 0.899), 'fgsm': (0.510, 0.546, 0.737),
+            'deepfool': (0.908, 0.037, 0.914), 'shaping': (0.499, 0.521, 0.542)}}}
+# Table III, under bn_shaping
+PAPER_ADAPTIVE = {'adaptive_weak': {'pgd': 0.518, 'trades': 0.514},
+                  'adaptive': {'pgd': 0.508, 'trades': 0.505}}
+# Table IV: {n of n:1 in training: accuracy under PGD for each n of n:1 in inference}
+INFERENCE_RATIOS = (0, 1, 3, 9, 19, 49)
+PAPER_RATIOS = {1: (0.477, 0.478, 0.476, 0.476, 0.477, 0.476),
+                2: (0.385, 0.837, 0.835, 0.753, 0.668, 0.573),
+                3: (0.281, 0.692, 0.820, 0.817, 0.813, 0.815),
+                7: (0.039, 0.138, 0.706, 0.781, 0.776, 0.779)}
+PAPER_CONFOUNDINGS = (0.63, 0.17, 0.41)  # sections IV, IV and V
+
+SWEEP_EXAMPLES = 500  # at most: the sweeps are a check of the attacks, not a result
+SWEEP_STEPS = (1, 2, 5, 10, 20, 50, 100)
+SWEEP_EPSILONS = (0, 1, 2, 4, 8, 16, 32, 64)
+
+# Keys that a figure does not depend on; the last ones only those attacks depend on.
+NO_PART = ('model_dir', 'data_path', 'num_output_steps', 'num_summary_steps',
+           'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'num_attack_examples')
+OF_ATTACK = {'fgsm_epsilon': ('fgsm',), 'apgd_num_steps': ('apgd', 'apgd_eot'),
+             'eot_draws': ('apgd_eot',)}
+
+
+# ---- what there is to train
+
+
+def training(config, adversary, mode, ratio=None):
+    """Returns (name, configuration) of one of the paper's trainings, in model_dir/name.
+
+    Args:
+        ratio: n of n:1; default: shaping_ratio. Where training_batch_size does not fit it, the next
+            smaller size that does is taken (63 for 2:1; the paper does not say what it did).
+    """
+    name = f'{adversary}_{mode}'
+    config = {**config, 'adversary': adversary, 'training_mode': mode}
+    if mode.startswith('shaping'):
+        ratio = ratio or config['shaping_ratio']
+        size = config['training_batch_size'] // (ratio + 1) * (ratio + 1)
+        if size == 0:
+            raise UserError(f'training_batch_size is {config["training_batch_size"]}; at least '
+                            f'{ratio + 1} would fit a ratio of {ratio}:1')
+        config |= {'shaping_ratio': ratio, 'training_batch_size': size}
+        name += f'_{ratio}to1'
+    return name, {**config, 'model_dir': os.path.join(config['model_dir'], name)}
+
+
+def trainings_of(target, config):
+    """Returns the trainings that a target needs, {name: configuration}."""
+    if target in ('table1', 'table2'):
+        adversary = 'pgd' if target == 'table1' else 'trades'
+        return dict(training(config, adversary, mode) for mode in MODES)
+    if target == 'table3':
+        return dict(training(config, adversary, MAIN) for adversary in PAPER_TABLES)
+    if target == 'table4':
+        return dict(training(config, 'pgd', MAIN, ratio) for ratio in PAPER_RATIOS)
+    return dict(training(config, 'pgd', mode) for mode in ('adv_only', MAIN))
+
+
+def train(name, config, base):
+    """Runs train.py, in a process of its own, unless the model is there.
+
+    Args:
+        base: the configuration that the command line gave; what differs from it is shown as --set.
+    """
+    model_dir, steps = config['model_dir'], config['max_num_training_steps']
+    stored = os.path.join(model_dir, 'config.json')
+    newest = tf.train.latest_checkpoint(model_dir)
+    done = int(newest.rpartition('-')[2]) if newest else 0
+    if done > steps:
+        raise UserError(f'{model_dir} holds a training of {done} steps; max_num_training_steps '
+                        f'is {steps}: {done} or another model_dir would fit')
+    if done == steps:
+        from train import check_same_run
+        check_same_run(config, stored)
+        return
+    command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')]
+    if flags.FLAGS.config:
+        command += ['--config', flags.FLAGS.config]
+    for setting in flags.FLAGS.set:
+        command += ['--set', setting]
+    for key in FIELDS:
+        if config[key] != base[key]:
+            command += ['--set', f'{key}={json.dumps(config[key])}']
+    print(f'\nTraining {name}:\n    {shlex.join(["python", "train.py", *command[2:]])}', flush=True)
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise UserError(f'the training of {name} ended with status {status}; the same command '
+                        'goes on from its newest checkpoint')
+
+
+# ---- cells: figures that are kept
+
+
+class Cells:
+    """The figures of one training, each computed once and kept in model_dir/cells as JSON.
+
+    Args:
+        name, config: of the training. data: a CIFAR10Data. folder: where cells are kept.
+    """
+    model = weights_of = None  # one network for all trainings; whose weights it has at the moment
+
+    def __init__(self, name, config, data, folder):
+        self.name, self.config, self.data, self.folder = name, config, data, folder
+
+    def load(self):
+        """Returns the model with this training's weights."""
+        if Cells.model is None:
+            Cells.model = build_model(self.config, self.data.num_classes)
+        if Cells.weights_of != self.name:
+            Cells.model.load_madry_checkpoint(os.path.join(
+                self.config['model_dir'], f'checkpoint-{self.config["max_num_training_steps"]}'))
+            Cells.weights_of = self.name
+        return Cells.model
+
+    def get(self, what, identity, compute):
+        """Returns the cell `what`, a dict: the one that is kept, or compute() -> dict.
+
+        Args:
+            identity: what the cell depends on, beside the training; JSON.
+        """
+        identity = json.dumps([self.name, what, identity], sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        path = os.path.join(self.folder, f'{self.name}-{what}-{digest}.json')
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as f:
+                return json.load(f)
+        print(f'Computing {self.name}: {what}', flush=True)
+        value = {'identity': json.loads(identity), **compute()}
+        os.makedirs(self.folder, exist_ok=True)
+        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+            json.dump(value, f)
+        os.replace(f'{path}.tmp', path)
+        return value
+
+    def attack(self, name, modes=INFERENCE_MODES, ratios=None, **settings):
+        """Returns one attack's cell: 'results', as eval.py has them, and who was right.
+
+        Args:
+            ratios: inference shaping ratios, one result for each; see eval.make_judges.
+            settings: keys of the configuration that are changed for this attack.
+        """
+        config = {**self.config, **settings}
+        identity = {key: config[key] for key in FIELDS
+                    if key not in NO_PART and name in OF_ATTACK.get(key, (name,))}
+        identity |= {'num_examples': num_examples(name, config), 'modes': list(modes),
+                     'ratios': ratios}
+
+        def compute():
+            model, data = self.load(), self.data
+            judges = make_judges(model, data, config, modes, ratios)
+            results, right, in_ball = evaluate_attack(
+                name, make_attack(name, model, data, config), data, config, judges)
+            return {'results': results,
+                    'right': [''.join(map(str, right[judge][0].astype(int))) for judge in judges],
+                    'in_ball': ''.join(map(str, in_ball.astype(int)))}
+
+        what = name + ('-ratios' if ratios else '') + ''.join(
+            f'-{key}-{value}' for key, value in settings.items())
+        return self.get(what, identity, compute)
+
+
+# ---- the tables
+
+
+def percent(value):
+    return f'{100 * value:.1f}'
+
+
+def shown(result):
+    """Returns '57.1 [55.3, 58.9]': accuracy and interval in percent."""
+    low, high = result['interval']
+    return f'{percent(result["accuracy"])} [{percent(low)}, {percent(high)}]'
+
+
+def row_label(result):
+    notes = [f'n = {result["num_examples"]}'] if result.get('few') else []
+    if result.get('median_l2') is not None:
+        notes.append(f'median L2 {result["median_l2"]:.3f} of {result["num_fooled"]}')
+    return result['attack'] + (f' ({", ".join(notes)})' if notes else '')
+
+
+def markdown(header, rows):
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+
+
+def main_table(adversary, config, cells):
+    """Returns Table I (pgd) or II (trades) as Markdown, our rows after the paper's.
+
+    The worst cases are over the paper's attacks and ours, on the examples all were run on.
+    """
+    header = ['training', 'attack']
+    for mode in INFERENCE_MODES:
+        header += [f'`{mode}`', 'paper']
+    rows = []
+    for mode, label in MODES.items():
+        name, _ = training(config, adversary, mode)
+        of_attack = {attack: cells[name].attack(attack) for attack in ATTACK_ROWS + OWN_ROWS}
+        results = [r for cell in of_attack.values() for r in cell['results']]
+        judges = range(len(INFERENCE_MODES))
+        right = {a: {(INFERENCE_MODES[i], None): np.array([list(cell['right'][i])]) == '1'
+                     for i in judges} for a, cell in of_attack.items()}
+        in_ball = {a: np.array(list(cell['in_ball'])) == '1' for a, cell in of_attack.items()}
+        results += worst_cases(right, in_ball, config)
+        for attack in dict.fromkeys(r['attack'] for r in results):
+            three = [r for r in results if r['attack'] == attack]
+            three[0]['few'] = three[0]['num_examples'] < config['num_eval_examples']
+            row = [label, row_label(three[0])]
+            paper = PAPER_TABLES[adversary][mode].get(attack)
+            for i, r in enumerate(three):
+                row += [shown(r), percent(paper[i]) if paper else '']
+            rows.append(row)
+    return markdown(header, rows)
+
+
+def table3(config, cells):
+    """Returns Table III as Markdown: the adaptive attacks, under bn_shaping."""
+    header = ['attack']
+    for adversary in PAPER_TABLES:
+        header += [f'{adversary} + shaping', 'paper']
+    rows = []
+    for attack, paper in PAPER_ADAPTIVE.items():
+        row = [attack]
+        for adversary in PAPER_TABLES:
+            name, _ = training(config, adversary, MAIN)
+            # All modes, though the table shows one: the cell serves Tables I and II, too
+            row += [shown(cells[name].attack(attack)['results'][-1]), percent(paper[adversary])]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def ratio_results(config, cells):
+    """Returns {training ratio: results in the order of INFERENCE_RATIOS}, Table IV's figures."""
+    found = {}
+    for ratio in PAPER_RATIOS:
+        name, _ = training(config, 'pgd', MAIN, ratio)
+        found[ratio] = cells[name].attack('pgd', ('bn_shaping',), INFERENCE_RATIOS)['results']
+    return found
+
+
+def table4(config, cells):
+    """Returns Table IV as Markdown, the paper's figures in parentheses."""
+    rows = []
+    for ratio, results in ratio_results(config, cells).items():
+        rows.append([f'1:{ratio}'] + [f'{shown(r)} ({percent(paper)})'
+                                      for r, paper in zip(results, PAPER_RATIOS[ratio])])
+    return markdown(['adv:clean in training', *(f'1:{n} in inference' if n else '1:0 (none)'
+                                                for n in INFERENCE_RATIOS)], rows)
+
+
+def confounding_rows(config, cells):
+    """Returns the three in-text experiments as (what, model, {excess, interval, n}, paper's)."""
+    part = {key: config[key] for key in FIELDS if key not in NO_PART and key not in OF_ATTACK}
+    names = [training(config, 'pgd', mode)[0] for mode in ('adv_only', MAIN)]
+
+    def get(name, what, measure, pairs):
+        def compute():
+            sizes = measure(cells[name].load(), cells[name].data, cells[name].config)
+            result = {}
+            for label, (a, b) in pairs.items():
+                value, interval = excess(sizes[a], sizes[b])
+                result[label] = {'excess': value, 'interval': interval, 'n': len(sizes[a]),
+                                 'means': [float(sizes[a].mean()), float(sizes[b].mean())]}
+            return result
+        return cells[name].get(what, part, compute)
+
+    rows = []
+    errors = {'the same norms': ('clean norms', 'adversarial norms'),
+              'its own batch\'s norms': ('clean norms', 'adversarial norms, clean logits')}
+    sizes = {'pn': ('pn', 'bn'), 'shaping': ('shaping', 'bn')}
+    found = get(names[0], 'logit_errors', logit_errors, errors)
+    for label in errors:
+        rows.append((f'logit errors of FGSM examples, clean over adversarial batch norms; the '
+                     f'clean version under {label}', names[0], found[label],
+                     PAPER_CONFOUNDINGS[0]))
+    for name in names:
+        found = get(name, 'perturbation_sizes', perturbation_sizes, sizes)
+        rows.append(('size of PGD\'s perturbations, population norms over batch norms', name,
+                     found['pn'], PAPER_CONFOUNDINGS[1] if name == names[0] else None))
+        rows.append(('size of PGD\'s perturbations, norm shaping over batch norms', name,
+                     found['shaping'], PAPER_CONFOUNDINGS[2]))
+    return rows
+
+
+def confoundings_table(config, cells):
+    rows = []
+    for what, name, r, paper in confounding_rows(config, cells):
+        low, high = r['interval']
+        rows.append([what, f'`{name}`', f'{100 * r["excess"]:+.1f}% [{100 * low:+.1f}, '
+                     f'{100 * high:+.1f}]', f'{r["means"][0]:.4f} / {r["means"][1]:.4f}',
+                     f'{100 * paper:+.0f}%' if paper else ''])
+    return markdown(['how much larger on average', 'model', 'ours', 'the two means', 'paper'], rows)
+
+
+def sweep_results(config, cells):
+    """Returns {(training, 'num_steps' or 'epsilon', value): {label: result}}.
+
+    PGD made with population norms, judged by them and by bn_shaping; over epsilon also `adaptive`,
+    judged by bn_shaping. Over epsilon the step is a quarter of it.
+    """
+    n = min(SWEEP_EXAMPLES, config['num_eval_examples'])
+    found = {}
+    for mode in ('adv_only', MAIN):
+        name, _ = training(config, 'pgd', mode)
+        for key, values in (('num_steps', SWEEP_STEPS), ('epsilon', SWEEP_EPSILONS)):
+            for value in values:
+                settings = {'num_eval_examples': n, key: value}
+                if key == 'epsilon':
+                    settings |= {'epsilon': float(value), 'step_size': value / 4}
+                results = cells[name].attack('pgd', ('pn', 'bn_shaping'), **settings)['results']
+                found[name, key, value] = {'pgd, pn': results[0], 'pgd, bn_shaping': results[1]}
+                if key == 'epsilon':
+                    found[name, key, value]['adaptive, bn_shaping'] = cells[name].attack(
+                        'adaptive', ('bn_shaping',), **settings)['results'][0]
+    return found
+
+
+def sweeps_table(config, cells):
+    found, rows = sweep_results(config, cells), []
+    for (name, key, value), results in found.items():
+        rows.append([f'`{name}`', f'{key} {value}'] + [
+            shown(results[label]) if label in results else ''
+            for label in ('pgd, pn', 'pgd, bn_shaping', 'adaptive, bn_shaping')])
+    return markdown(['training', 'attack', 'pgd under `pn`', 'pgd under `bn_shaping`',
+                     'adaptive under `bn_shaping`'], rows)
+
+
+TABLES = {
+    'table1': ('Table I: PGD-based adversarial training',
+               lambda config, cells: main_table('pgd', config, cells)),
+    'table2': ('Table II: TRADES-based adversarial training',
+               lambda config, cells: main_table('trades', config, cells)),
+    'table3': ('Table III: adaptive attacks, under bn_shaping', table3),
+    'table4': ('Table IV: shaping ratios in training and inference, under PGD', table4),
+    'confoundings': ('The in-text experiments of sections IV and V', confoundings_table),
+    'sweeps': ('Accuracy against PGD steps and against epsilon', sweeps_table)}
+
+
+def caption(target, config):
+    """Returns what a table's figures were made with, in words."""
+    depth, data = 6 * config['num_residual_units'] + 2, config['dataset']
+    if config['classes']:
+        data += f' ({", ".join(config["classes"])})'
+    n = config['num_eval_examples']
+    what = f'the first {n} test images'
+    if target == 'confoundings':
+        what = f'the first {n} training images, in whole batches; 95% bootstrap intervals'
+    elif target == 'sweeps':
+        what = f'the first {min(n, SWEEP_EXAMPLES)} test images; 95% Wilson intervals'
+    else:
+        what += '; accuracy in %, [95% Wilson intervals]'
+    return (f'w{depth}-{config["width_factor"]}, {config["max_num_training_steps"]} steps of batch '
+            f'{config["training_batch_size"]}, {data}, seed {config["tf_random_seed"]}; {what}.')
+
+
+# ---- the figures
+
+
+def draw_figures(targets, config, cells, folder):
+    """Draws the figures that the computed targets have, as PNG files; prints their paths."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError('the figures need matplotlib: pip install matplotlib') from None
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    def save(figure, name):
+        path = os.path.join(folder, f'{name}.png')
+        figure.savefig(path, dpi=150, bbox_inches='tight')
+        pyplot.close(figure)
+        print(f'Drawn: {path}')
+
+    for target, adversary in (('table1', 'pgd'), ('table2', 'trades')):
+        if target in targets:
+            save(tradeoff_figure(pyplot, adversary, config, cells), f'{target}_tradeoff')
+    if 'table4' in targets:
+        save(ratios_figure(pyplot, config, cells), 'table4_ratios')
+    if 'sweeps' in targets:
+        for key in ('num_steps', 'epsilon'):
+            save(sweep_figure(pyplot, key, config, cells), f'sweep_{key}')
+
+
+def tradeoff_figure(pyplot, adversary, config, cells):
+    """Draws clean accuracy against accuracy under PGD for each training and inference mode."""
+    figure, axes = pyplot.subplots(figsize=(6, 5))
+    for colour, (mode, label) in zip(('tab:blue', 'tab:orange', 'tab:red'), MODES.items()):
+        of_training = cells[training(config, adversary, mode)[0]]
+        clean, pgd = (of_training.attack(attack)['results'] for attack in ('clean', 'pgd'))
+        paper = PAPER_TABLES[adversary][mode]
+        for i, (inference, marker) in enumerate(zip(INFERENCE_MODES, 'os^')):
+            errors = [[[100 * abs(bound - r['accuracy'])] for bound in r['interval']]
+                      for r in (clean[i], pgd[i])]
+            axes.errorbar(100 * clean[i]['accuracy'], 100 * pgd[i]['accuracy'], xerr=errors[0],
+                          yerr=errors[1], color=colour, marker=marker, linestyle='', capsize=2,
+                          label=f'{label}, {inference}')
+            axes.plot(100 * paper['clean'][i], 100 * paper['pgd'][i], color=colour, marker=marker,
+                      linestyle='', markerfacecolor='none', alpha=0.6)
+    axes.set(xlabel='accuracy on clean images, %', ylabel='accuracy under PGD (made with PN), %',
+             title=f'{adversary} training; hollow: the paper (w32-10)')
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def ratios_figure(pyplot, config, cells):
+    """Draws Table IV as two heat maps, ours and the paper's."""
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 3.2), sharey=True)
+    ours = [[r['accuracy'] for r in results] for results in ratio_results(config, cells).values()]
+    for axes, values, title in zip(both, (ours, list(PAPER_RATIOS.values())),
+                                   ('ours', 'the paper (w32-10)')):
+        image = axes.imshow(100 * np.array(values), vmin=0, vmax=100, cmap='viridis', aspect='auto')
+        for (row, column), value in np.ndenumerate(np.array(values)):
+            axes.text(column, row, percent(value), ha='center', va='center',
+                      color='white' if value < 0.6 else 'black')
+        axes.set(title=title, xlabel='adv:clean in inference',
+                 xticks=range(len(INFERENCE_RATIOS)), xticklabels=[f'1:{n}' for n in
+                                                                   INFERENCE_RATIOS],
+                 yticks=range(len(PAPER_RATIOS)), yticklabels=[f'1:{n}' for n in PAPER_RATIOS])
+    both[0].set_ylabel('adv:clean in training')
+    figure.colorbar(image, ax=both, label='accuracy under PGD, %')
+    return figure
+
+
+def sweep_figure(pyplot, key, config, cells):
+    """Draws accuracy against PGD's steps or epsilon, with intervals."""
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    found = {k: v for k, v in sweep_results(config, cells).items() if k[1] == key}
+    styles = {'pgd, pn': '-', 'pgd, bn_shaping': '--', 'adaptive, bn_shaping': ':'}
+    for colour, mode in zip(('tab:blue', 'tab:red'), ('adv_only', MAIN)):
+        name, _ = training(config, 'pgd', mode)
+        for label, style in styles.items():
+            points = [(value, results[label]) for (n, _, value), results in found.items()
+                      if n == name and label in results]
+            if points:
+                accuracy = [100 * r['accuracy'] for _, r in points]
+                axes.plot([value for value, _ in points], accuracy, style, color=colour,
+                          marker='.', label=f'{MODES[mode]}; {label}')
+                axes.fill_between([value for value, _ in points],
+                                  *(100 * np.array([r['interval'][i] for _, r in points])
+                                    for i in (0, 1)), color=colour, alpha=0.08)
+    axes.set_xscale('symlog' if key == 'epsilon' else 'log', base=2)
+    x_labels = {
+        'num_steps': f'PGD steps of {config["step_size"]:g}, epsilon {config["epsilon"]:g}',
+        'epsilon': f'epsilon in pixels, {config["num_steps"]} steps of a quarter of it'}
+    axes.set(xlabel=x_labels[key], ylabel='accuracy, %', ylim=(0, 100))
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def main(words):
+    if not words:
+        raise UserError(f'nothing to reproduce; one or more of {", ".join(TARGETS)} would fit')
+    config = config_from_flags()
+    if config['training_mode'] != MAIN or config['adversary'] != 'pgd':
+        raise UserError('training_mode and adversary are what the tables vary; the configuration '
+                        f'must leave them at {MAIN} and pgd')
+    targets = [target for target in TARGETS if target in words]
+    if config['eval_on_cpu']:
+        tf.config.set_visible_devices([], 'GPU')
+    data = load_data(config)
+    eval_examples(data, config)  # rather told now than after the trainings
+
+    # Train what is missing, before this process takes a GPU for the evaluation
+    needed = {}
+    for target in targets:
+        needed |= trainings_of(target, config)
+    for name, of_training in needed.items():
+        train(name, of_training, config)
+
+    # Evaluate what is missing; print and draw
+    folder = os.path.join(config['model_dir'], 'tables')
+    os.makedirs(folder, exist_ok=True)
+    store_config(config, os.path.join(folder, 'config.json'))
+    cells = {name: Cells(name, of_training, data, os.path.join(config['model_dir'], 'cells'))
+             for name, of_training in needed.items()}
+    for target in targets:
+        title, make = TABLES[target]
+        text = f'## {title}\n\n{caption(target, config)}\n\n{make(config, cells)}\n'
+        path = os.path.join(folder, f'{target}.md')
+        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+            f.write(text)
+        os.replace(f'{path}.tmp', path)
+        print(f'\n{text}\nWritten to {path}', flush=True)
+    draw_figures(targets, config, cells, folder)
+
+
+if __name__ == '__main__':
+    run(main, TARGETS)
