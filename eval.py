@@ -163,7 +163,7 @@ def cell(name, judge, right, config, settings):
     (draws, n), (mode, ratio) = right.shape, judge
     accuracies = right.mean(axis=1)
     result = {'attack': name, 'inference': mode, 'accuracy': float(accuracies.mean()),
-              'interval': wilson_interval(float(accuracies.mean()) * n, n), 'num_examples': n,
+              'interval': [*wilson_interval(float(accuracies.mean()) * n, n)], 'num_examples': n,
               **settings, 'eval_batch_size': config['eval_batch_size']}
     if mode == 'bn_shaping':
         result |= {'inference_shaping_ratio': ratio,
@@ -173,7 +173,7 @@ def cell(name, judge, right, config, settings):
         result |= {'num_draws': draws, 'spread': float(accuracies.std(ddof=1)),
                    'range': [float(accuracies.min()), float(accuracies.max())],
                    'accuracy_all_draws': in_all / n,
-                   'interval_all_draws': wilson_interval(in_all, n)}
+                   'interval_all_draws': [*wilson_interval(in_all, n)]}
     return result
 
 

@@ -1,59 +1,165 @@
-"""PN-attacked accuracy of a trained model: our PGD beside foolbox's, same samples and budget.
+"""Our attacks beside public ones: same trained model, same samples, same budget.
 
-    python tests/second_opinion.py --model_dir models/three_classes --set num_eval_examples=1000
+    pip install torch adversarial-robustness-toolbox
+    git clone https://github.com/fra31/auto-attack
+    python tests/second_opinion.py --model_dir DIR --autoattack auto-attack
 
-Both start at random points of the ball, so single samples differ; the accuracies should not.
+All with population norms. Accuracy under ours and theirs, with 95% Wilson intervals; for the
+minimum-norm attacks also the median L2 size on [0, 1] of the perturbations that fool the model.
+FGSM and PGD: foolbox. APGD, on cross-entropy then DLR on what is left: AutoAttack. C&W and
+DeepFool, which are foolbox's in attacks.py: ART, the Adversarial Robustness Toolbox. Random starts
+differ, so single samples do; the accuracies should not.
 """
 import os
 import sys
+from timeit import default_timer as timer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from absl import flags  # noqa: E402
-import foolbox  # noqa: E402
 import numpy as np  # noqa: E402
 
-from config import config_from_flags, define_model_flags, run  # noqa: E402
+from config import UserError, config_from_flags, define_model_flags, run  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from attacks import make_attack, perturbation_fault  # noqa: E402
+from attacks import (  # noqa: E402
+    CLEVERHANS_CW, CLEVERHANS_DEEPFOOL, make_attack, num_examples, perturbation_fault)
 from cifar10_input import eval_examples, load_data  # noqa: E402
-from eval import wilson_interval  # noqa: E402
+from eval import choice, wilson_interval  # noqa: E402
 from model import build_model, find_checkpoint  # noqa: E402
+
+ATTACKS = ('fgsm', 'pgd', 'deepfool', 'apgd', 'cw')
+
+
+def foolbox_attack(name, classify, settings):
+    """Returns foolbox's FGSM or PGD, f(x_nat, y) -> x_adv, pixels in [0, 255]."""
+    import foolbox
+    fmodel = foolbox.TensorFlowModel(classify, bounds=(0, 255), device='/CPU:0')
+    library = (foolbox.attacks.LinfFastGradientAttack(random_start=False) if name == 'fgsm' else
+               foolbox.attacks.LinfPGD(abs_stepsize=settings['step_size'],
+                                       steps=settings['num_steps'],
+                                       random_start=settings['random_start']))
+    return lambda x, y: library(fmodel, x, y, epsilons=settings['epsilon'])[1]
+
+
+def autoattack_attack(classify, settings):
+    """Returns AutoAttack's APGD: cross-entropy, then DLR on the samples that are still right."""
+    import torch
+    sys.path.insert(0, flags.FLAGS.autoattack)
+    from autoattack.autopgd_base import APGDAttack
+
+    @tf.function
+    def backward(x, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            logits = classify(x)
+        return tape.gradient(logits, x, upstream)
+
+    class Logits(torch.autograd.Function):
+        """The network as a PyTorch function of images [b, 3, 32, 32] in [0, 1]."""
+
+        @staticmethod
+        def forward(ctx, x):
+            pixels = tf.constant(255 * x.numpy().transpose(0, 2, 3, 1))
+            ctx.pixels = pixels
+            return torch.from_numpy(classify(pixels).numpy())
+
+        @staticmethod
+        def backward(ctx, upstream):
+            gradient = backward(ctx.pixels, tf.constant(upstream.numpy()))
+            return torch.from_numpy(255 * gradient.numpy().transpose(0, 3, 1, 2).copy())
+
+    def attack(x_nat, y):
+        x = torch.from_numpy(x_nat.numpy().transpose(0, 3, 1, 2) / 255).contiguous()
+        labels = torch.from_numpy(y.numpy())
+        for loss in ('ce', 'dlr'):
+            one = APGDAttack(Logits.apply, n_iter=settings['num_steps'], loss=loss, seed=0,
+                             eps=settings['epsilon'] / 255, device='cpu')
+            right = Logits.apply(x).argmax(1) == labels
+            if right.any():
+                x[right] = one.perturb(x[right], labels[right])
+        return 255 * x.detach().numpy().transpose(0, 2, 3, 1)
+
+    return attack
+
+
+def art_attack(name, classify, num_classes):
+    """Returns ART's C&W L2 or DeepFool, f(x_nat, y) -> x_adv, pixels in [0, 255]."""
+    from art.attacks.evasion import CarliniL2Method, DeepFool
+    from art.estimators.classification import TensorFlowV2Classifier
+    classifier = TensorFlowV2Classifier(
+        model=lambda x, training=False: classify(255 * x), nb_classes=num_classes,
+        input_shape=(32, 32, 3), clip_values=(0, 1),
+        loss_object=tf.keras.losses.CategoricalCrossentropy(from_logits=True))
+    if name == 'deepfool':
+        library = DeepFool(classifier, max_iter=CLEVERHANS_DEEPFOOL['num_steps'],
+                           epsilon=CLEVERHANS_DEEPFOOL['overshoot'], batch_size=100, verbose=False,
+                           nb_grads=min(CLEVERHANS_DEEPFOOL['candidates'], num_classes))
+    else:
+        library = CarliniL2Method(
+            classifier, confidence=CLEVERHANS_CW['confidence'],
+            learning_rate=CLEVERHANS_CW['learning_rate'], max_iter=CLEVERHANS_CW['num_steps'],
+            binary_search_steps=CLEVERHANS_CW['binary_search_steps'], batch_size=100,
+            initial_const=CLEVERHANS_CW['initial_const'], verbose=False)
+
+    def attack(x_nat, y):
+        x_adv = 255 * library.generate(x_nat.numpy() / 255, y=tf.one_hot(y, num_classes).numpy())
+        right = np.argmax(classify(x_nat), 1) == y  # what is wrong already is none of its business
+        return np.where(right[:, None, None, None], x_adv, x_nat)
+
+    return attack
 
 
 def main():
     config = config_from_flags()
+    names = choice('attack', flags.FLAGS.attack, ATTACKS)
+    if 'apgd' in names and not flags.FLAGS.autoattack:
+        raise UserError('--autoattack is missing; the folder of a clone of fra31/auto-attack, or '
+                        'an --attack without apgd, would fit')
     data = load_data(config)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))
     classify = tf.function(lambda x: model(x, training=False))
 
-    ours, settings = make_attack('pgd', model, data, config)
-    library = foolbox.attacks.LinfPGD(abs_stepsize=settings['step_size'],
-                                      steps=settings['num_steps'],
-                                      random_start=settings['random_start'])
-    fmodel = foolbox.TensorFlowModel(classify, bounds=(0, 255), device='/CPU:0')
+    for name in names:
+        ours, settings = make_attack(name, model, data, config)
+        if name in ('fgsm', 'pgd'):
+            library, public = 'foolbox', foolbox_attack(name, classify, settings)
+        elif name == 'apgd':
+            library, public = 'AutoAttack', autoattack_attack(classify, settings)
+        else:
+            library, public = 'ART', art_attack(name, classify, data.num_classes)
+        n = num_examples(name, config)
 
-    def theirs(start, end):
-        x, y = tf.cast(images[start:end], tf.float32), tf.constant(labels[start:end])
-        return library(fmodel, x, y, epsilons=settings['epsilon'])[1]
+        def theirs(start, end, public=public):
+            return public(tf.cast(images[start:end], tf.float32), tf.constant(labels[start:end]))
 
-    for name, attack in (('ours', ours), ('foolbox', theirs)):
-        correct = 0
-        for start in range(0, len(images), config['eval_batch_size']):
-            end = min(start + config['eval_batch_size'], len(images))
-            x_adv = attack(start, end)
-            fault = perturbation_fault(images[start:end], x_adv, settings['epsilon'])
-            if fault:
-                raise RuntimeError(f'{name}: {fault}')
-            correct += int(np.sum(np.argmax(classify(x_adv), 1) == labels[start:end]))
-        low, high = wilson_interval(correct, len(images))
-        print(f'{name:<10}{100 * correct / len(images):6.2f}% [{100 * low:.2f}, {100 * high:.2f}], '
-              f'n = {len(images)}', flush=True)
+        for source, attack in (('ours', ours), (library, theirs)):
+            correct, sizes, seconds = 0, [], 0.
+            for start in range(0, n, config['eval_batch_size']):
+                end = min(start + config['eval_batch_size'], n)
+                begin = timer()
+                x_adv = np.asarray(attack(start, end), np.float32)
+                seconds += timer() - begin
+                fault = perturbation_fault(images[start:end], x_adv, settings['epsilon'], 1e-2)
+                if fault:
+                    raise RuntimeError(f'{name}, {source}: {fault}')
+                x_nat = images[start:end].astype(np.float32)
+                right = np.argmax(classify(x_adv), 1) == labels[start:end]
+                fooled = ~right & (np.argmax(classify(x_nat), 1) == labels[start:end])
+                correct += int(right.sum())
+                change = (x_adv - x_nat)[fooled].reshape(fooled.sum(), -1)
+                sizes += list(np.linalg.norm(change / 255, axis=1))
+            low, high = wilson_interval(correct, n)
+            size = f', median L2 {np.median(sizes):.4f} of {len(sizes)}' if name in (
+                'cw', 'deepfool') and sizes else ''
+            print(f'{name:<9}{source:<11}{100 * correct / n:6.2f}% [{100 * low:.2f}, '
+                  f'{100 * high:.2f}], n = {n}{size}; {seconds:.0f} s', flush=True)
 
 
 if __name__ == '__main__':
     define_model_flags()
+    flags.DEFINE_string('attack', 'all', f'Comma-separated: {", ".join(ATTACKS)}, or all.')
+    flags.DEFINE_string('autoattack', None, 'Folder of a clone of fra31/auto-attack.')
     run(main)

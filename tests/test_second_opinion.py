@@ -14,3 +14,13 @@ def test_foolboxs_pgd_makes_the_same_images(madry_model, golden):
                                      device='/CPU:0')
     _, x_adv, _ = theirs(fmodel, x_nat, y, epsilons=8)
     assert np.mean(ours.numpy() == x_adv.numpy()) >= 0.99
+
+
+def test_foolboxs_fgsm_makes_the_same_images(madry_model, golden):
+    x_nat, y = tf.cast(golden['images'], tf.float32), tf.constant(golden['labels'])
+    ours = LinfPGDAttack(madry_model, 16, 1, 16, False, 'xent', training=False).perturb(x_nat, y, 0)
+    theirs = foolbox.attacks.LinfFastGradientAttack(random_start=False)
+    fmodel = foolbox.TensorFlowModel(lambda x: madry_model(x, training=False), bounds=(0, 255),
+                                     device='/CPU:0')
+    _, x_adv, _ = theirs(fmodel, x_nat, y, epsilons=16)
+    assert np.mean(ours.numpy() == x_adv.numpy()) >= 0.99

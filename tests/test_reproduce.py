@@ -1,0 +1,170 @@
+"""The tables: what is trained, what is kept, what stands where; the in-text experiments."""
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import confoundings
+import reproduce
+from attacks import ATTACKS
+from config import UserError
+from pgd_attack import LinfPGDAttack
+from shaping import INFERENCE_MODES
+from test_programs import program
+
+TINY = ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'training_batch_size=16',
+        'num_steps=1', 'step_size_schedule=[[0, 0.1]]', 'max_num_training_steps=1',
+        'num_eval_examples=20', 'eval_batch_size=20', 'apgd_num_steps=1', 'eot_draws=1']
+
+
+def test_the_papers_figures_are_there_for_every_cell():
+    for table in reproduce.PAPER_TABLES.values():
+        assert list(table) == list(reproduce.MODES)
+        for rows in table.values():
+            assert sorted(rows) == sorted(reproduce.ATTACK_ROWS)
+            assert all(len(row) == len(INFERENCE_MODES) for row in rows.values())
+    assert all(len(row) == len(reproduce.INFERENCE_RATIOS)
+               for row in reproduce.PAPER_RATIOS.values())
+    assert set(reproduce.ATTACK_ROWS + reproduce.OWN_ROWS) <= set(ATTACKS)
+
+
+def test_trainings_are_the_papers(small_config):
+    config = small_config(training_batch_size=64, model_dir='m')
+    trainings = {}
+    for target in reproduce.TARGETS:
+        trainings |= reproduce.trainings_of(target, config)
+    assert len(trainings) == 9  # three modes twice, and three more ratios
+    two = trainings['pgd_shaping_in_attack_and_training_2to1']
+    assert (two['training_batch_size'], two['shaping_ratio']) == (63, 2)
+    for name, of_training in trainings.items():
+        assert of_training['model_dir'] == os.path.join('m', name)
+        assert name.startswith(f'{of_training["adversary"]}_{of_training["training_mode"]}')
+        if of_training['shaping_ratio'] != 2:
+            assert of_training['training_batch_size'] == 64
+    with pytest.raises(UserError, match='training_batch_size is 2; at least 4'):
+        reproduce.training({**config, 'training_batch_size': 2}, 'pgd', reproduce.MAIN, 3)
+
+
+@pytest.fixture
+def cells(tmp_path, small_model, small_config, data, monkeypatch):
+    """The cells of a training whose model is the untrained small one."""
+    monkeypatch.setattr(reproduce.Cells, 'load', lambda self: small_model)
+    config = small_config(num_eval_examples=20)
+    return reproduce.Cells('pgd_adv_only', config, data, str(tmp_path / 'cells'))
+
+
+def test_a_cell_is_computed_once_and_again_only_for_other_settings(cells, monkeypatch):
+    counted = []
+    original = reproduce.evaluate_attack
+    monkeypatch.setattr(reproduce, 'evaluate_attack',
+                        lambda *args: counted.append(args[0]) or original(*args))
+    first = cells.attack('pgd')
+    assert cells.attack('pgd') == first and counted == ['pgd']
+    cells.config = {**cells.config, 'model_dir': 'moved', 'num_output_steps': 7,
+                    'apgd_num_steps': 9, 'num_attack_examples': {'cw': 3}}  # no matter to PGD
+    assert cells.attack('pgd') == first and counted == ['pgd']
+    assert cells.attack('pgd', num_steps=1) != first and len(counted) == 2
+    cells.config = {**cells.config, 'num_attack_examples': {'pgd': 3}}
+    assert cells.attack('pgd')['results'][0]['num_examples'] == 3 and len(counted) == 3
+    right = first['right'][0]
+    assert right.count('1') / 20 == first['results'][0]['accuracy'] and len(right) == 20
+    assert len(os.listdir(cells.folder)) == 3
+
+
+def test_a_stop_in_the_middle_of_a_cell_keeps_nothing_of_it(cells, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(reproduce, 'evaluate_attack', stopped)
+        with pytest.raises(KeyboardInterrupt):
+            cells.attack('clean')
+    assert not os.path.exists(cells.folder) or os.listdir(cells.folder) == []
+    assert cells.attack('clean')['results']
+
+
+def test_ratios_are_judged_one_by_one_and_none_at_all_is_the_batch_itself(cells):
+    results = cells.attack('pgd', ('bn_shaping',), reproduce.INFERENCE_RATIOS)['results']
+    assert [r['inference_shaping_ratio'] for r in results] == list(reproduce.INFERENCE_RATIOS)
+    alone = cells.attack('pgd', ('bn',))['results'][0]
+    assert results[0]['accuracy'] == alone['accuracy']  # 1:0, 20 test samples in one batch
+
+
+def test_excess_is_the_ratio_of_means_with_an_interval_around_it():
+    rng = np.random.default_rng(0)
+    b = rng.uniform(1, 2, 500)
+    a = 1.63 * b + rng.normal(0, 0.05, 500)
+    value, (low, high) = confoundings.excess(a, b)
+    assert value == pytest.approx(0.63, abs=0.01) and low < value < high
+    assert high - low < 0.02
+
+
+def test_norms_from_is_how_a_sample_looks_to_another_batchs_norms(small_model, batch):
+    """Against a second network whose population norms are set, layer by layer, to that batch's."""
+    x = batch[0].astype(np.float32)
+    other = 255 - x
+    joint = small_model(tf.concat([x, other], 0), norms_from=16).numpy()
+    np.testing.assert_allclose(joint[:16], small_model(x, update_population_norms=False),
+                               atol=1e-4)
+    before = [v.numpy().copy() for v in small_model.variables]
+    for _ in range(150):  # 0.9 ** 150: the moving averages become the batch's own, to 1e-7
+        small_model(x)
+    # Moving variances are unbiased: m / (m - 1) of the batch's, 64 pixels or more a sample
+    np.testing.assert_allclose(joint[16:], small_model(other, training=False), atol=0.02)
+    small_model.set_weights(before)
+    small_model(x, norms_from=8)
+    assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
+
+
+def test_confoundings_measure_every_sample_once(small_model, small_config, data):
+    config = small_config(num_eval_examples=40, random_start=False)  # two batches of 16, 8 left
+    errors = confoundings.logit_errors(small_model, data, config)
+    assert {len(v) for v in errors.values()} == {32}
+    x, y = data.train_data.xs[:16].astype(np.float32), data.train_data.ys[:16]
+    bn = dict(update_population_norms=False)
+    x_adv = LinfPGDAttack(small_model, 2., 1, 2., False, 'xent', **bn).perturb(x, y, 0)
+    plain = np.abs(small_model(x_adv, **bn) - small_model(x, **bn)).mean(axis=1)
+    np.testing.assert_allclose(errors['adversarial norms, clean logits'][:16], plain, rtol=1e-3)
+    sizes = confoundings.perturbation_sizes(small_model, data, config)
+    assert {len(v) for v in sizes.values()} == {32}
+    assert all((v > 0.5).all() and (v <= 4).all() for v in sizes.values())  # two steps of 2
+    tail = np.arange(16) >= 12
+    shaped = LinfPGDAttack(small_model, 8., 2, 2., False, 'xent', **bn).perturb(x, y, 0, tail)
+    np.testing.assert_allclose(sizes['shaping'][12:16],
+                               np.abs(shaped - x).mean(axis=(1, 2, 3))[12:], rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(tmp_path):
+    """Table III, Table IV and the in-text experiments, from nothing, one training step each."""
+    targets = ['table3', 'table4', 'confoundings']
+    settings = [*TINY, f'model_dir={tmp_path}/m']
+    status, stdout, errors = program('reproduce.py', *targets, settings=settings)
+    assert status == 0, errors
+    assert stdout.count('\nTraining ') == 6 and 'Computing' in stdout
+    for target in targets:
+        table = (tmp_path / 'm' / 'tables' / f'{target}.md').read_text()
+        assert table in stdout
+    table4 = (tmp_path / 'm' / 'tables' / 'table4.md').read_text()
+    assert len(re.findall(r'\d+\.\d \[\d+\.\d, \d+\.\d\] \(\d+\.\d\)', table4)) == 24
+    assert '(81.7)' in table4 and (tmp_path / 'm' / 'tables' / 'table4_ratios.png').exists()
+    status, again, errors = program('reproduce.py', *targets, settings=settings)
+    assert status == 0, errors
+    assert 'Training' not in again and 'Computing' not in again
+    assert table4 in again
+    kept = [json.loads(path.read_text()) for path in (tmp_path / 'm' / 'cells').iterdir()]
+    assert all('identity' in cell for cell in kept)
+
+
+@pytest.mark.parametrize('arguments, settings, fault', [
+    ([], [], 'nothing to reproduce; one or more of table1, table2'),
+    (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, sweeps"),
+    (['table1'], ['training_mode=natural'], 'training_mode and adversary are what the tables vary'),
+    (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; at most 2000')])
+def test_mistakes_are_told_in_one_line(arguments, settings, fault, tmp_path):
+    status, _, errors = program('reproduce.py', *arguments, settings=[
+        *TINY, f'model_dir={tmp_path}/m', *settings])
+    assert status == 2 and len(errors) == 1 and fault in errors[0]
+    assert not (tmp_path / 'm').exists()
