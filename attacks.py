@@ -103,7 +103,6 @@ def shaping_attack(attack, images, labels, config):
 
     def perturb(start, end):
         chosen = np.arange(start, start + m) % len(images)
-        chosen[end - start:] = np.arange(m - (end - start)) % len(images)
         x_nat, y = images[chosen], labels[chosen]
         x_adv = tf.cast(x_nat, tf.float32)
         for share in range(-(-(end - start) * shares // m)):  # all that hold one of ours
@@ -130,6 +129,11 @@ def adaptive_attack(name, model, data, config, num_draws):
     settings = pgd_settings(config)
     shaped = ShapedInference.from_config(model, data, config)
     pgd = ShapedPGDAttack(shaped, **settings)
+    k, num_images = shaped.num_clean, data.train_data.n
+    if name == 'adaptive_weak' and (num_draws + 1) * k > num_images:
+        raise UserError(f'{num_draws} draws of {k} clean samples could leave adaptive_weak too few '
+                        f'of {num_images} training images; at most {num_images // k - 1} draws '
+                        'would fit')
     settings |= {'norms': 'bn_shaping', 'num_draws_known': num_draws if name == 'adaptive' else 0,
                  **shaping_settings(config)}
 
@@ -165,7 +169,9 @@ def apgd_attack(name, model, data, config):
     training samples, fresh ones at every step and the attacker's own: he knows the training set and
     the protocol, not the defender's seed. AutoAttack's `rand` version gives a sample up as beaten
     after one lucky draw (its pull requests 104 and 105): here no sample is given up, and which of
-    the two examples is stronger is settled by eot_draws more draws, the same for both.
+    the two examples is stronger is settled by eot_draws more draws, the same for both. Where
+    several test samples share a batch, each sample's best example met the others' examples of the
+    same step, not their best ones; shaping_batch_size = n + 1 leaves nothing to share.
     """
     images, labels = eval_examples(data, config)
     epsilon, num_steps = config['epsilon'], config['apgd_num_steps']
@@ -187,9 +193,10 @@ def apgd_attack(name, model, data, config):
         examples = [apgd(averaged(gradient_of[f], y, draws), x_nat, epsilon, num_steps, rng)[0]
                     for f in loss_funcs]
         given = list(draws())
-        judged = [averaged(gradient_of['xent'], y, lambda: given)(x)[:2] for x in examples]
-        keys = np.array([share - 1e-9 * loss for loss, share in judged], np.float64)
-        return np.choose(np.argmin(keys, axis=0)[:, None, None, None], examples)
+        judged = [averaged(gradient_of['xent'], y, lambda: given)(x) for x in examples]
+        loss, share = (np.array([one[i] for one in judged]) for i in (0, 1))
+        first = np.lexsort((-loss, share), axis=0)[0]  # fewest right draws, then highest loss
+        return np.choose(first[:, None, None, None], examples)
 
     def fresh_draws(rng, groups, k):
         for _ in range(config['eot_draws']):
@@ -198,12 +205,12 @@ def apgd_attack(name, model, data, config):
 
     def perturb(start, end):
         x_nat, y = images[start:end], labels[start:end]
-        rng = np.random.default_rng([config['np_random_seed'], 2, start])
+        rng = np.random.default_rng([config['np_random_seed'], start, 0, 0, 1])  # no defender's key
         if name == 'apgd':
             return tf.constant(strongest(x_nat, y, rng, lambda: [()]))
         parts = []
-        for a, b, clean in shaped.split(end - start, 0, MAX_GRADIENT_IMAGES):
-            draws = functools.partial(fresh_draws, rng, *clean.shape[:2])
+        for a, b, (groups, k) in shaped.parts(end - start, MAX_GRADIENT_IMAGES):
+            draws = functools.partial(fresh_draws, rng, groups, k)
             parts.append(strongest(x_nat[a:b], y[a:b], rng, draws))
         return tf.constant(np.concatenate(parts))
 
@@ -223,9 +230,11 @@ def minimum_norm_attack(name, model, images, labels):
       wrong already comes back as it is, and cannot become right.
     - A sample on which the attack finds nothing comes back as it is, too (CleverHans's C&W does so;
       its DeepFool returns its last try).
+    - foolbox's DeepFool oversteps at every iteration, CleverHans's once, at the end, where it has
+      crossed the boundary; against a difference of logits of zero, foolbox adds 1e-4 to the
+      distance, CleverHans 1e-5 to the difference.
     - foolbox's C&W looks every 100 iterations whether the loss of the whole batch went down, and
-      aborts all or none; CleverHans attacks one sample at a time by default. An aborted search is
-      the weaker for it, so foolbox's aborts less.
+      aborts all or none; CleverHans attacks one sample at a time by default.
 
     Raises:
         UserError: foolbox is not installed.
@@ -239,15 +248,17 @@ def minimum_norm_attack(name, model, images, labels):
     library = (foolbox.attacks.L2CarliniWagnerAttack if name == 'cw'
                else foolbox.attacks.L2DeepFoolAttack)
     attack = library(**{foolbox_names.get(key, key): value for key, value in settings.items()})
+    classify = tf.function(lambda x: model(x, training=False))
     graph = tf.function(lambda x: model(255 * x, training=False))
     fmodel = foolbox.TensorFlowModel(graph, bounds=(0, 1), device=device())
 
     def perturb(start, end):
         x_nat, y = tf.cast(images[start:end], tf.float32), tf.constant(labels[start:end])
         x_adv = 255 * attack(fmodel, x_nat / 255, y, epsilons=None)[0]
-        right = tf.argmax(graph(x_nat / 255), 1) == y
-        fooled = tf.argmax(graph(x_adv / 255), 1) != y
-        return tf.where((right & fooled)[:, None, None, None], x_adv, x_nat)
+        right = tf.argmax(classify(x_nat), 1) == y
+        fooled = tf.argmax(classify(x_adv), 1) != y
+        found = tf.reduce_any(x_adv > 0, axis=[1, 2, 3])  # its C&W returns black where it fails
+        return tf.where((right & fooled & found)[:, None, None, None], x_adv, x_nat)
 
     return perturb, {'epsilon': None, 'norms': 'pn', 'library': f'foolbox {foolbox.__version__}',
                      **settings}

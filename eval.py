@@ -69,10 +69,12 @@ def make_judges(model, data, config, modes, ratios=None):
     """
     judges = {}
     for mode in modes:
-        for ratio in (ratios or [config['inference_shaping_ratio']]) if mode == 'bn_shaping' else (
-                [None]):
-            settings = config if ratio is None else {**config, 'inference_shaping_ratio': ratio}
-            judges[mode, ratio] = make_inference(model, mode, data, settings)
+        if mode != 'bn_shaping':
+            judges[mode, None] = make_inference(model, mode, data, config)
+            continue
+        for ratio in ratios or [config['inference_shaping_ratio']]:
+            judges[mode, ratio] = make_inference(
+                model, mode, data, {**config, 'inference_shaping_ratio': ratio})
     return judges
 
 
@@ -164,7 +166,7 @@ def cell(name, judge, right, config, settings):
     accuracies = right.mean(axis=1)
     result = {'attack': name, 'inference': mode, 'accuracy': float(accuracies.mean()),
               'interval': [*wilson_interval(float(accuracies.mean()) * n, n)], 'num_examples': n,
-              **settings, 'eval_batch_size': config['eval_batch_size']}
+              **settings, 'eval_batch_size': min(config['eval_batch_size'], n)}
     if mode == 'bn_shaping':
         result |= {'inference_shaping_ratio': ratio,
                    'shaping_batch_size': config['shaping_batch_size']}
@@ -241,8 +243,8 @@ def main():
     attacks = choice('attack', flags.FLAGS.attack, ATTACKS)
     modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
     num_draws = flags.FLAGS.num_draws
-    if num_draws < 1:
-        raise UserError(f'--num_draws is {num_draws}; an integer of 1 or more would fit')
+    if not 1 <= num_draws <= 1000:
+        raise UserError(f'--num_draws is {num_draws}; an integer, 1 to 1000, would fit')
     if flags.FLAGS.watch and flags.FLAGS.checkpoint:
         raise UserError('--watch waits for new checkpoints, --checkpoint names one; one would fit')
     if config['eval_on_cpu']:

@@ -10,6 +10,7 @@ is done is never done again, so the program can be stopped and started at any ti
 makes other cells beside the old ones.
 """
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ import sys
 from absl import flags
 import numpy as np
 
-from config import FIELDS, UserError, config_from_flags, run, store_config
+from config import FIELDS, UserError, config_from_flags, read_json, run, store_config
 import tensorflow as tf
 
 from attacks import make_attack, num_examples
@@ -27,7 +28,7 @@ from cifar10_input import eval_examples, load_data
 from confoundings import excess, logit_errors, perturbation_sizes
 from eval import evaluate_attack, make_judges, worst_cases
 from model import build_model
-from shaping import INFERENCE_MODES
+from shaping import INFERENCE_MODES, num_clean
 
 TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'sweeps')
 MODES = {'adv_only': 'adv. only', 'shaping_in_training': 'shaping in training',
@@ -156,39 +157,55 @@ def train(name, config, base):
 # ---- cells: figures that are kept
 
 
+def file_digest(path):
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def data_digest(data):
+    """Returns a digest of all images and labels."""
+    digest = hashlib.sha256()
+    for subset in (data.train_data, data.eval_data):
+        digest.update(np.ascontiguousarray(subset.xs))
+        digest.update(np.ascontiguousarray(subset.ys))
+    return digest.hexdigest()
+
+
 class Cells:
     """The figures of one training, each computed once and kept in model_dir/cells as JSON.
 
-    Args:
-        name, config: of the training. data: a CIFAR10Data. folder: where cells are kept.
-    """
-    model = weights_of = None  # one network for all trainings; whose weights it has at the moment
+    A cell is known by the configuration, by the checkpoint's index (it holds a checksum of every
+    weight) and by the images. It does not know of the code: after a change to an attack, its cells
+    are to be removed by hand.
 
-    def __init__(self, name, config, data, folder):
+    Args:
+        name, config: of the training. data: a CIFAR10Data. data_digest: of its images.
+        model: a model.Model, the same for all trainings. folder: where cells are kept.
+    """
+
+    def __init__(self, name, config, data, data_digest, model, folder):
         self.name, self.config, self.data, self.folder = name, config, data, folder
+        self.model = model
+        self.checkpoint = os.path.join(config['model_dir'],
+                                       f'checkpoint-{config["max_num_training_steps"]}')
+        self.digests = [file_digest(f'{self.checkpoint}.index'), data_digest]
 
     def load(self):
         """Returns the model with this training's weights."""
-        if Cells.model is None:
-            Cells.model = build_model(self.config, self.data.num_classes)
-        if Cells.weights_of != self.name:
-            Cells.model.load_madry_checkpoint(os.path.join(
-                self.config['model_dir'], f'checkpoint-{self.config["max_num_training_steps"]}'))
-            Cells.weights_of = self.name
-        return Cells.model
+        self.model.load_madry_checkpoint(self.checkpoint)
+        return self.model
 
     def get(self, what, identity, compute):
         """Returns the cell `what`, a dict: the one that is kept, or compute() -> dict.
 
         Args:
-            identity: what the cell depends on, beside the training; JSON.
+            identity: what the cell depends on, beside the training's weights and the data; JSON.
         """
-        identity = json.dumps([self.name, what, identity], sort_keys=True)
+        identity = json.dumps([self.name, what, *self.digests, identity], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         path = os.path.join(self.folder, f'{self.name}-{what}-{digest}.json')
         if os.path.exists(path):
-            with open(path, encoding='utf-8') as f:
-                return json.load(f)
+            return read_json(path)
         print(f'Computing {self.name}: {what}', flush=True)
         value = {'identity': json.loads(identity), **compute()}
         os.makedirs(self.folder, exist_ok=True)
@@ -231,14 +248,16 @@ def percent(value):
     return f'{100 * value:.1f}'
 
 
-def shown(result):
-    """Returns '57.1 [55.3, 58.9]': accuracy and interval in percent."""
+def shown(result, n=None):
+    """Returns '57.1 [55.3, 58.9]': accuracy and interval in percent; and how many where not n."""
     low, high = result['interval']
-    return f'{percent(result["accuracy"])} [{percent(low)}, {percent(high)}]'
+    few = result['num_examples'] < (n or 0)
+    return (f'{percent(result["accuracy"])} [{percent(low)}, {percent(high)}]'
+            + (f' (n = {result["num_examples"]})' if few else ''))
 
 
-def row_label(result):
-    notes = [f'n = {result["num_examples"]}'] if result.get('few') else []
+def row_label(result, n):
+    notes = [f'n = {result["num_examples"]}'] if result['num_examples'] < n else []
     if result.get('median_l2') is not None:
         notes.append(f'median L2 {result["median_l2"]:.3f} of {result["num_fooled"]}')
     return result['attack'] + (f' ({", ".join(notes)})' if notes else '')
@@ -269,8 +288,7 @@ def main_table(adversary, config, cells):
         results += worst_cases(right, in_ball, config)
         for attack in dict.fromkeys(r['attack'] for r in results):
             three = [r for r in results if r['attack'] == attack]
-            three[0]['few'] = three[0]['num_examples'] < config['num_eval_examples']
-            row = [label, row_label(three[0])]
+            row = [label, row_label(three[0], config['num_eval_examples'])]
             paper = PAPER_TABLES[adversary][mode].get(attack)
             for i, r in enumerate(three):
                 row += [shown(r), percent(paper[i]) if paper else '']
@@ -289,7 +307,8 @@ def table3(config, cells):
         for adversary in PAPER_TABLES:
             name, _ = training(config, adversary, MAIN)
             # All modes, though the table shows one: the cell serves Tables I and II, too
-            row += [shown(cells[name].attack(attack)['results'][-1]), percent(paper[adversary])]
+            result = cells[name].attack(attack)['results'][-1]
+            row += [shown(result, config['num_eval_examples']), percent(paper[adversary])]
         rows.append(row)
     return markdown(header, rows)
 
@@ -307,8 +326,10 @@ def table4(config, cells):
     """Returns Table IV as Markdown, the paper's figures in parentheses."""
     rows = []
     for ratio, results in ratio_results(config, cells).items():
-        rows.append([f'1:{ratio}'] + [f'{shown(r)} ({percent(paper)})'
-                                      for r, paper in zip(results, PAPER_RATIOS[ratio])])
+        size = training(config, 'pgd', MAIN, ratio)[1]['training_batch_size']
+        label = f'1:{ratio}' + (f' (batch {size})' if size != config['training_batch_size'] else '')
+        rows.append([label] + [f'{shown(r, config["num_eval_examples"])} ({percent(paper)})'
+                               for r, paper in zip(results, PAPER_RATIOS[ratio])])
     return markdown(['adv:clean in training', *(f'1:{n} in inference' if n else '1:0 (none)'
                                                 for n in INFERENCE_RATIOS)], rows)
 
@@ -384,7 +405,8 @@ def sweeps_table(config, cells):
     found, rows = sweep_results(config, cells), []
     for (name, key, value), results in found.items():
         rows.append([f'`{name}`', f'{key} {value}'] + [
-            shown(results[label]) if label in results else ''
+            shown(results[label], min(SWEEP_EXAMPLES, config['num_eval_examples']))
+            if label in results else ''
             for label in ('pgd, pn', 'pgd, bn_shaping', 'adaptive, bn_shaping')])
     return markdown(['training', 'attack', 'pgd under `pn`', 'pgd under `bn_shaping`',
                      'adaptive under `bn_shaping`'], rows)
@@ -423,10 +445,7 @@ def caption(target, config):
 
 def draw_figures(targets, config, cells, folder):
     """Draws the figures that the computed targets have, as PNG files; prints their paths."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('the figures need matplotlib: pip install matplotlib') from None
+    import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
@@ -514,6 +533,38 @@ def sweep_figure(pyplot, key, config, cells):
     return figure
 
 
+def check(targets, config, data):
+    """Raises UserError where a target would fail after hours, for what can be seen at once."""
+    eval_examples(data, config)
+    for package in ('foolbox', 'matplotlib'):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'{package} is missing: pip install -r requirements.txt would fit')
+    ratios = INFERENCE_RATIOS if 'table4' in targets else (config['inference_shaping_ratio'],)
+    for ratio in ratios:
+        try:
+            k = num_clean(config['shaping_batch_size'], ratio)
+        except ValueError as error:
+            raise UserError(f'shaping_batch_size is {config["shaping_batch_size"]}, and table4 '
+                            f'asks for {ratio}:1, too: {error}') from None
+        if 2 * k > data.train_data.n:
+            raise UserError(f'shaping_batch_size is {config["shaping_batch_size"]}; at most the '
+                            f'number of training images, {data.train_data.n}, would fit')
+    if {'table1', 'table2'} & set(targets):
+        try:
+            num_clean(config['eval_batch_size'], config['shaping_ratio'])
+        except ValueError as error:
+            raise UserError(f'eval_batch_size is {config["eval_batch_size"]}, shaping_ratio '
+                            f'{config["shaping_ratio"]}: {error}') from None
+    if 'confoundings' in targets:
+        for key in ('epsilon', 'step_size'):
+            if config[key] == 0:
+                raise UserError(f'{key} is 0: no perturbation to compare; a number above 0 would '
+                                'fit')
+        if config['num_eval_examples'] < config['training_batch_size']:
+            raise UserError(f'num_eval_examples is {config["num_eval_examples"]}; at least '
+                            f'training_batch_size, {config["training_batch_size"]}, would fit')
+
+
 def main(words):
     if not words:
         raise UserError(f'nothing to reproduce; one or more of {", ".join(TARGETS)} would fit')
@@ -525,7 +576,7 @@ def main(words):
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
     data = load_data(config)
-    eval_examples(data, config)  # rather told now than after the trainings
+    check(targets, config, data)  # rather told now than after the trainings
 
     # Train what is missing, before this process takes a GPU for the evaluation
     needed = {}
@@ -538,7 +589,9 @@ def main(words):
     folder = os.path.join(config['model_dir'], 'tables')
     os.makedirs(folder, exist_ok=True)
     store_config(config, os.path.join(folder, 'config.json'))
-    cells = {name: Cells(name, of_training, data, os.path.join(config['model_dir'], 'cells'))
+    model, digest = build_model(config, data.num_classes), data_digest(data)
+    cells = {name: Cells(name, of_training, data, digest, model,
+                         os.path.join(config['model_dir'], 'cells'))
              for name, of_training in needed.items()}
     for target in targets:
         title, make = TABLES[target]

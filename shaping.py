@@ -90,18 +90,22 @@ class ShapedInference:
         group, 32, 32, 3]: first the batches that are full, then the smaller one, if any. At most
         max_images make one part, unless a single batch is larger. `draw` stands in for self.draw.
         """
-        draw = draw or self.draw
+        draw, parts = draw or self.draw, []
+        for start, end, (groups, k) in self.parts(num_images, max_images):
+            first = start // self.num_test
+            clean = np.stack([draw(query, group, k) for group in range(first, first + groups)])
+            parts.append((start, end, clean))
+        return parts
+
+    def parts(self, num_images, max_images):
+        """Yields (start, end, (groups, clean samples in each)) of what split returns."""
         full, rest = divmod(num_images, self.num_test)
         at_once = max(1, max_images // (self.num_clean + self.num_test))
-        parts = []
         for first in range(0, full, at_once):
-            groups = range(first, min(first + at_once, full))
-            clean = np.stack([draw(query, group, self.num_clean) for group in groups])
-            parts.append((groups.start * self.num_test, groups.stop * self.num_test, clean))
+            groups = min(at_once, full - first)
+            yield first * self.num_test, (first + groups) * self.num_test, (groups, self.num_clean)
         if rest:
-            clean = draw(query, full, self.ratio * rest)[None]
-            parts.append((full * self.num_test, num_images, clean))
-        return parts
+            yield full * self.num_test, num_images, (1, self.ratio * rest)
 
     def draw(self, query, group, size):
         """Returns `size` different clean samples, the same for the same query and group."""

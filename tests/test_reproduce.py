@@ -51,9 +51,11 @@ def test_trainings_are_the_papers(small_config):
 @pytest.fixture
 def cells(tmp_path, small_model, small_config, data, monkeypatch):
     """The cells of a training whose model is the untrained small one."""
-    monkeypatch.setattr(reproduce.Cells, 'load', lambda self: small_model)
-    config = small_config(num_eval_examples=20)
-    return reproduce.Cells('pgd_adv_only', config, data, str(tmp_path / 'cells'))
+    config = small_config(num_eval_examples=20, model_dir=str(tmp_path),
+                          max_num_training_steps=7)
+    small_model.save_madry_checkpoint(tmp_path / 'checkpoint-7', global_step=7)
+    return reproduce.Cells('pgd_adv_only', config, data, reproduce.data_digest(data), small_model,
+                           str(tmp_path / 'cells'))
 
 
 def test_a_cell_is_computed_once_and_again_only_for_other_settings(cells, monkeypatch):
@@ -89,7 +91,22 @@ def test_ratios_are_judged_one_by_one_and_none_at_all_is_the_batch_itself(cells)
     results = cells.attack('pgd', ('bn_shaping',), reproduce.INFERENCE_RATIOS)['results']
     assert [r['inference_shaping_ratio'] for r in results] == list(reproduce.INFERENCE_RATIOS)
     alone = cells.attack('pgd', ('bn',))['results'][0]
-    assert results[0]['accuracy'] == alone['accuracy']  # 1:0, 20 test samples in one batch
+    assert results[0]['xent'] == pytest.approx(alone['xent'])  # 1:0, 20 test samples in one batch
+    assert len({r['xent'] for r in results}) == len(results)
+
+
+def test_other_weights_or_images_are_other_cells(cells, data, small_model):
+    before = cells.attack('clean')
+    def again():
+        return reproduce.Cells(cells.name, cells.config, data, reproduce.data_digest(data),
+                               small_model, cells.folder).attack('clean')
+    assert again() == before
+    data.eval_data.xs[0, 0, 0, 0] ^= 1
+    assert again() != before
+    data.eval_data.xs[0, 0, 0, 0] ^= 1
+    small_model.variables_by_name['logit/biases'].assign_add(tf.one_hot(3, 10))
+    small_model.save_madry_checkpoint(cells.checkpoint, global_step=7)
+    assert again() != before
 
 
 def test_excess_is_the_ratio_of_means_with_an_interval_around_it():
@@ -162,9 +179,13 @@ def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(
     ([], [], 'nothing to reproduce; one or more of table1, table2'),
     (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, sweeps"),
     (['table1'], ['training_mode=natural'], 'training_mode and adversary are what the tables vary'),
-    (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; at most 2000')])
+    (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; at most 2000'),
+    (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and table4 asks for 19:1'),
+    (['table2'], ['eval_batch_size=22'], 'eval_batch_size is 22, shaping_ratio 3: .* 20 or 24'),
+    (['confoundings'], ['num_eval_examples=15'], 'num_eval_examples is 15; at least'),
+    (['confoundings'], ['epsilon=0'], 'epsilon is 0: no perturbation to compare')])
 def test_mistakes_are_told_in_one_line(arguments, settings, fault, tmp_path):
     status, _, errors = program('reproduce.py', *arguments, settings=[
         *TINY, f'model_dir={tmp_path}/m', *settings])
-    assert status == 2 and len(errors) == 1 and fault in errors[0]
+    assert status == 2 and len(errors) == 1 and re.search(fault, errors[0])
     assert not (tmp_path / 'm').exists()
