@@ -14,8 +14,6 @@ from cifar10_input import eval_examples
 from pgd_attack import LinfPGDAttack
 from shaping import MAX_GRADIENT_IMAGES, ShapedInference, ShapedPGDAttack, num_clean, queries_of
 
-ATTACKS = ('clean', 'fgsm', 'pgd', 'cw', 'deepfool', 'shaping', 'adaptive', 'adaptive_weak', 'apgd',
-           'apgd_eot')
 MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
 CLEVERHANS_CW = {'binary_search_steps': 5, 'num_steps': 1000, 'learning_rate': 5e-3,
                  'initial_const': 1e-2, 'confidence': 0, 'abort_early': True}
@@ -31,7 +29,7 @@ def make_attack(name, model, data, config, num_draws=1):
     multiple of eval_batch_size: the batches are those that will be classified.
 
     Args:
-        name: one of ATTACKS. 'clean' changes nothing.
+        name: one of config.ATTACKS. 'clean' changes nothing.
             'fgsm': one step of fgsm_epsilon (16, as the paper has it) by the gradient's sign, with
             population norms. 'pgd': LinfPGDAttack as configured, with population norms.
             'cw', 'deepfool': minimum L2, with population norms; see minimum_norm_attack.

@@ -17,6 +17,8 @@ BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 MAX_INTEGER = 2 ** 31 - 1
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 ADVERSARIES = ('pgd', 'trades')
+ATTACKS = ('clean', 'fgsm', 'pgd', 'cw', 'deepfool', 'shaping', 'adaptive', 'adaptive_weak', 'apgd',
+           'apgd_eot')
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')
@@ -101,7 +103,6 @@ def _classes(value):
 
 
 def _num_attack_examples(value):
-    from attacks import ATTACKS
     return isinstance(value, dict) and all(
         name in ATTACKS and _integer(1)[0](n) for name, n in value.items())
 
@@ -149,8 +150,8 @@ FIELDS = {
     'fgsm_epsilon': _number(0, 255),
     'apgd_num_steps': _integer(1),
     'eot_draws': _integer(1),
-    'num_attack_examples': (_num_attack_examples, 'an object such as {"cw": 200}: the name of an '
-                            'attack and how many examples it is run on, 1 or more'),
+    'num_attack_examples': (_num_attack_examples, 'an object such as {"cw": 200}: how many '
+                            f'examples, 1 or more, an attack is run on; of {", ".join(ATTACKS)}'),
 }
 
 

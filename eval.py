@@ -19,11 +19,11 @@ from timeit import default_timer as timer
 from absl import flags
 import numpy as np
 
-from config import UserError, config_from_flags, define_model_flags, run
+from config import ATTACKS, UserError, config_from_flags, define_model_flags, run
 import tensorflow as tf
 from tqdm import tqdm
 
-from attacks import ATTACKS, MINIMUM_NORM, make_attack, num_examples, perturbation_fault
+from attacks import MINIMUM_NORM, make_attack, num_examples, perturbation_fault
 from cifar10_input import eval_examples, load_data
 from model import build_model, find_checkpoint
 from shaping import INFERENCE_MODES, make_inference, queries_of

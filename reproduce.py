@@ -482,7 +482,7 @@ def tradeoff_figure(pyplot, adversary, config, cells):
                       linestyle='', markerfacecolor='none', alpha=0.6)
     axes.set(xlabel='accuracy on clean images, %', ylabel='accuracy under PGD (made with PN), %',
              title=f'{adversary} training; hollow: the paper (w32-10)')
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     return figure
 
@@ -528,7 +528,7 @@ def sweep_figure(pyplot, key, config, cells):
         'num_steps': f'PGD steps of {config["step_size"]:g}, epsilon {config["epsilon"]:g}',
         'epsilon': f'epsilon in pixels, {config["num_steps"]} steps of a quarter of it'}
     axes.set(xlabel=x_labels[key], ylabel='accuracy, %', ylim=(0, 100))
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     return figure
 

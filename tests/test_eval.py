@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks import ATTACKS, make_attack, perturbation_fault
-from config import UserError
+from attacks import make_attack, perturbation_fault
+from config import ATTACKS, UserError
 from eval import choice, evaluate, wilson_interval, write_results
 from shaping import INFERENCE_MODES
 

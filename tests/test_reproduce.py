@@ -9,8 +9,7 @@ import tensorflow as tf
 
 import confoundings
 import reproduce
-from attacks import ATTACKS
-from config import UserError
+from config import ATTACKS, UserError
 from pgd_attack import LinfPGDAttack
 from shaping import INFERENCE_MODES
 from test_programs import program
