@@ -103,17 +103,24 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 
 def test_eval_prints_and_stores_every_cell(trained):
     folder, _ = trained
-    status, stdout, stderr = program('eval.py', '--model_dir', folder, '--attack', 'all')
+    settings = ['apgd_num_steps=2', 'eot_draws=2', 'num_attack_examples={"apgd_eot": 20}']
+    attacks = ['clean', 'fgsm', 'pgd', 'deepfool', 'shaping', 'adaptive', 'apgd_eot']
+    status, stdout, stderr = program('eval.py', '--model_dir', folder, '--attack',
+                                     ','.join(attacks), '--num_draws', '2', settings=settings)
     assert status == 0, stderr
     with open(f'{folder}/eval/results.json') as f:
         results = json.load(f)
     assert results['step'] == 7 and results['checkpoint'].endswith('checkpoint-7')
-    assert results['config'] == {**read_json(f'{folder}/config.json'), 'model_dir': folder}
-    assert len(results['results']) == 12
+    assert results['config'] == {
+        **read_json(f'{folder}/config.json'), 'model_dir': folder, 'apgd_num_steps': 2,
+        'eot_draws': 2, 'num_attack_examples': {'apgd_eot': 20}}
+    assert len(results['results']) == 27
     for r in results['results']:
-        assert r['num_examples'] == 150
+        assert r['num_examples'] == (150 if r['attack'] in attacks[:-1] else 20)
         assert f'{100 * r["accuracy"]:.2f} [' in stdout
-    for name in ('bn', 'pn', 'bn_shaping', 'clean', 'fgsm', 'pgd', 'shaping'):
+        assert ('accuracy_all_draws' in r) == (r['inference'] == 'bn_shaping')
+    for name in ('bn', 'pn', 'bn_shaping', *attacks, 'worst case', 'worst in ball', 'median L2',
+                 'under 2 draws'):
         assert name in stdout
 
 

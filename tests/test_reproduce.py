@@ -179,7 +179,7 @@ def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(
     (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, sweeps"),
     (['table1'], ['training_mode=natural'], 'training_mode and adversary are what the tables vary'),
     (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; at most 2000'),
-    (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and table4 asks for 19:1'),
+    (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and table4 asks for 49:1'),
     (['table2'], ['eval_batch_size=22'], 'eval_batch_size is 22, shaping_ratio 3: .* 20 or 24'),
     (['confoundings'], ['num_eval_examples=15'], 'num_eval_examples is 15; at least'),
     (['confoundings'], ['epsilon=0'], 'epsilon is 0: no perturbation to compare')])
