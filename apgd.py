@@ -8,6 +8,8 @@ at random: a single draw's gradient is noise to an attacker who cannot know the 
 import numpy as np
 import tensorflow as tf
 
+from pgd_attack import margin
+
 MOMENTUM = 0.75        # the paper's alpha
 PROGRESS = 0.75        # rho: the share of steps since the last check that must have raised the loss
 FIRST_CHECK = 0.22     # all three as shares of num_steps: p_1,
@@ -21,11 +23,8 @@ def dlr_loss(logits, y):
     -(z_y - best other) / (largest - third largest): no softmax, so no scale of the logits can hide
     its gradient. Needs three classes or more.
     """
-    is_label = tf.one_hot(y, logits.shape[-1], on_value=True, off_value=False)
-    correct = tf.reduce_sum(tf.where(is_label, logits, 0.), axis=1)
-    best_other = tf.reduce_max(tf.where(is_label, logits.dtype.min, logits), axis=1)
     top = tf.math.top_k(logits, 3).values
-    return -(correct - best_other) / (top[:, 0] - top[:, 2] + 1e-12)
+    return -margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
 def xent_loss(logits, y):

@@ -110,10 +110,15 @@ class LinfPGDAttack:
         """Returns the loss that the attack maximizes, summed over the batch."""
         if self.loss_func == 'xent':
             return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
-        is_label = tf.one_hot(y, logits.shape[-1], on_value=True, off_value=False)
-        correct = tf.reduce_sum(tf.where(is_label, logits, 0.), axis=1)
-        best_other = tf.reduce_max(tf.where(is_label, logits.dtype.min, logits), axis=1)
-        return -tf.reduce_sum(tf.nn.relu(correct - best_other + 50))
+        return -tf.reduce_sum(tf.nn.relu(margin(logits, y) + 50))
+
+
+def margin(logits, y):
+    """Returns the correct logit less the best other one of each sample, [b]."""
+    is_label = tf.one_hot(y, logits.shape[-1], on_value=True, off_value=False)
+    correct = tf.reduce_sum(tf.where(is_label, logits, 0.), axis=1)
+    best_other = tf.reduce_max(tf.where(is_label, logits.dtype.min, logits), axis=1)
+    return correct - best_other
 
 
 def random_bits(like, seed):
