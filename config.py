@@ -5,9 +5,12 @@ A configuration is a plain dict, as in the original. FIELDS below says what each
 """
 import json
 import os
+import signal
 import sys
 
 from absl import app, flags, logging
+
+from files import replacing
 
 # Before Keras and TensorFlow are imported:
 os.environ['KERAS_BACKEND'] = 'tensorflow'
@@ -28,8 +31,18 @@ class UserError(ValueError):
     """A mistake of the user's, told in one line: what is wrong and what would fit."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a cluster sends before it kills: the same as Ctrl-C, but for the status."""
+
+
+def _terminate(*_):
+    raise Terminated
+
+
 def run(main, names=None):
     """Runs main() as an absl program; a user's mistake ends it with one line and exit status 2.
+
+    Ctrl-C and SIGTERM end it with one line and a shell's usual status, 130 and 143.
 
     With `names`, the words that the program takes beside its options, it runs main(words given).
     """
@@ -51,10 +64,11 @@ def run(main, names=None):
             print(f'{name}: {error.filename or "the system"}: {error.strerror or error}',
                   file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f'\n{name}: stopped', file=sys.stderr)
-            sys.exit(130)
+            sys.exit(143 if isinstance(stop, Terminated) else 130)
 
+    signal.signal(signal.SIGTERM, _terminate)
     app.run(guarded)
 
 
@@ -278,6 +292,5 @@ def config_from_flags():
 def store_config(config, path):
     """Writes a configuration as JSON, a key a line, replacing the file at once."""
     lines = [f'  {json.dumps(key)}: {json.dumps(value)}' for key, value in config.items()]
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+    with replacing(path) as f:
         f.write('{\n' + ',\n'.join(lines) + '\n}\n')
-    os.replace(f'{path}.tmp', path)

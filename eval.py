@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from attacks import MINIMUM_NORM, make_attack, num_examples, perturbation_fault
 from cifar10_input import eval_examples, load_data
+from files import replacing
 from model import build_model, find_checkpoint
 from shaping import INFERENCE_MODES, make_inference, queries_of
 
@@ -211,10 +212,9 @@ def print_table(results, modes):
 
 def write_results(path, checkpoint, step, config, results):
     """Writes results.json, replacing the file at once."""
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+    with replacing(path) as f:
         json.dump({'checkpoint': checkpoint, 'step': step, 'config': config, 'results': results},
                   f, indent=1)
-    os.replace(f'{path}.tmp', path)
 
 
 def write_summaries(results, step):

@@ -27,6 +27,7 @@ from attacks import make_attack, num_examples
 from cifar10_input import eval_examples, load_data
 from confoundings import excess, logit_errors, perturbation_sizes
 from eval import evaluate_attack, make_judges, worst_cases
+from files import replacing
 from model import build_model
 from shaping import INFERENCE_MODES, num_clean
 
@@ -209,9 +210,8 @@ class Cells:
         print(f'Computing {self.name}: {what}', flush=True)
         value = {'identity': json.loads(identity), **compute()}
         os.makedirs(self.folder, exist_ok=True)
-        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+        with replacing(path) as f:
             json.dump(value, f)
-        os.replace(f'{path}.tmp', path)
         return value
 
     def attack(self, name, modes=INFERENCE_MODES, ratios=None, **settings):
@@ -597,9 +597,8 @@ def main(words):
         title, make = TABLES[target]
         text = f'## {title}\n\n{caption(target, config)}\n\n{make(config, cells)}\n'
         path = os.path.join(folder, f'{target}.md')
-        with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+        with replacing(path) as f:
             f.write(text)
-        os.replace(f'{path}.tmp', path)
         print(f'\n{text}\nWritten to {path}', flush=True)
     draw_figures(targets, config, cells, folder)
 

@@ -5,7 +5,6 @@
 Refuses a file that is not what it must be, prints the accuracy and saves the predicted labels to
 pred.npy. .npy files are never unpickled, and nothing is allocated by what their header claims.
 """
-import os
 
 from absl import flags
 import numpy as np
@@ -16,6 +15,7 @@ import tensorflow as tf
 from attacks import perturbation_fault
 from cifar10_input import eval_examples, load_data
 from eval import choice, wilson_interval
+from files import replacing
 from model import build_model, find_checkpoint
 from shaping import INFERENCE_MODES, make_inference
 
@@ -73,9 +73,8 @@ def main():
     print(f'{checkpoint}, {mode}')
     print(f'Accuracy: {100 * num_correct / len(y):.2f}% '
           f'[{100 * low:.2f}, {100 * high:.2f}], n = {len(y)}')
-    with open('pred.npy.tmp', 'wb') as f:
+    with replacing('pred.npy', 'wb') as f:
         np.save(f, y_pred)
-    os.replace('pred.npy.tmp', 'pred.npy')
     print('Output saved at pred.npy')
 
 

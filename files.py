@@ -1,0 +1,30 @@
+"""Files that a program stopped at any moment leaves whole: written aside, then moved into place."""
+import contextlib
+import os
+
+
+@contextlib.contextmanager
+def replacing(path, mode='w'):
+    """Opens a file for writing that takes the place of `path`, at once, when the block has ended.
+
+    Until then, and for ever where the block or the disk fails, `path` stays as it was.
+
+    Args:
+        mode: 'w' (text, UTF-8) or 'wb'.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is set, for a message of one line.
+    """
+    temporary = f'{path}.tmp'
+    try:
+        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
