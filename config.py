@@ -20,6 +20,7 @@ BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 MAX_INTEGER = 2 ** 31 - 1
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 ADVERSARIES = ('pgd', 'trades')
+DISTRIBUTIONS = ('none', 'mirrored', 'multi_worker')
 ATTACKS = ('clean', 'fgsm', 'pgd', 'cw', 'deepfool', 'shaping', 'adaptive', 'adaptive_weak', 'apgd',
            'apgd_eot')
 
@@ -161,6 +162,8 @@ FIELDS = {
     'width_factor': _integer(1),
     'precision': _choice('float32', 'mixed_bfloat16'),
     'xla': _choice('auto', 'on', 'off'),
+    'distribution': _choice(*DISTRIBUTIONS),
+    'batch_norms': _choice('per_replica', 'synchronized'),
     'fgsm_epsilon': _number(0, 255),
     'apgd_num_steps': _integer(1),
     'eot_draws': _integer(1),

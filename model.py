@@ -5,6 +5,10 @@ forward pass normalizes by, so that is an argument of every call: the batch ("BN
 equal groups of the batch (paper, Eq. 6, many queries in one call), or the population, that is the
 moving averages ("PN").
 """
+import os
+import re
+import sys
+
 import numpy as np
 
 from config import UserError
@@ -25,16 +29,23 @@ class Model(keras.Model):
         num_classes: number of logits.
         precision: 'float32', or 'mixed_bfloat16': convolutions and activations in bfloat16, while
             weights, statistics, the dense layer and the logits stay float32.
+        batch_norms: where a tf.distribute strategy runs the model on several replicas, BN is by
+            the statistics of each replica's own share of the batch, 'per_replica', or by those of
+            the whole batch, 'synchronized'.
 
     Initial weights are drawn from Keras's global generator: call keras.utils.set_random_seed first.
-    Variables carry the original's names, in `variables_by_name`.
+    Variables carry the original's names, in `variables_by_name`. They are made for the strategy in
+    whose scope the model is.
     """
 
-    def __init__(self, num_residual_units=5, width_factor=10, num_classes=10, precision='float32'):
+    def __init__(self, num_residual_units=5, width_factor=10, num_classes=10, precision='float32',
+                 batch_norms='per_replica'):
         # autocast would turn the pixels into bfloat16 before they are standardized.
         super().__init__(name='model', autocast=False)
         if precision not in ('float32', 'mixed_bfloat16'):
             raise ValueError(f"precision is {precision!r}; 'float32' or 'mixed_bfloat16' would fit")
+        self.strategy = tf.distribute.get_strategy()
+        self.synchronized = batch_norms == 'synchronized'
         self.num_residual_units = num_residual_units
         self.num_classes = num_classes
         self.compute_type = tf.float32 if precision == 'float32' else tf.bfloat16
@@ -66,11 +77,20 @@ class Model(keras.Model):
     def _activation_scope(name):
         return 'shared_activation' if name == 'unit_1_0' else 'residual_only_activation'
 
-    def _add(self, name, shape, initializer, trainable=True):
+    def _add(self, name, shape, initializer):
         # Keras allows no '/' in a name, and would cast on reading: normalization needs float32.
         self._by_name[name] = self.add_weight(
-            name=name.replace('/', '.'), shape=shape, initializer=initializer, trainable=trainable,
-            dtype='float32', autocast=False)
+            name=name.replace('/', '.'), shape=shape, initializer=initializer, dtype='float32',
+            autocast=False)
+
+    def _add_population_norm(self, name, shape, initializer):
+        # Each replica moves its own copy, so that an attack step needs no word from the others;
+        # add_weight cannot say so. Keras tracks a variable that is an attribute.
+        self._by_name[name] = keras.Variable(
+            keras.initializers.get(initializer), name=name.replace('/', '.'), shape=shape,
+            dtype='float32', autocast=False, trainable=False, synchronization='on_read',
+            aggregation='mean')
+        setattr(self, '_' + name.replace('/', '_'), self._by_name[name])
 
     def _add_conv(self, name, in_filters, out_filters):
         stddev = np.sqrt(2.0 / (3 * 3 * out_filters))
@@ -80,8 +100,8 @@ class Model(keras.Model):
     def _add_batch_norm(self, name, channels):
         self._add(f'{name}/BatchNorm/beta', (channels,), 'zeros')
         self._add(f'{name}/BatchNorm/gamma', (channels,), 'ones')
-        self._add(f'{name}/BatchNorm/moving_mean', (channels,), 'zeros', trainable=False)
-        self._add(f'{name}/BatchNorm/moving_variance', (channels,), 'ones', trainable=False)
+        self._add_population_norm(f'{name}/BatchNorm/moving_mean', (channels,), 'zeros')
+        self._add_population_norm(f'{name}/BatchNorm/moving_variance', (channels,), 'ones')
 
     @property
     def variables_by_name(self):
@@ -121,7 +141,10 @@ class Model(keras.Model):
             if norms_from is not None:
                 mean, variance = tf.nn.moments(tf.cast(x[:norms_from], tf.float32), [0, 1, 2])
                 return population_norm(x, gamma, beta, mean, variance)
-            y, mean, variance = batch_norm_by_group(x, gamma, beta, num_groups)
+            if self.synchronized and num_replicas() > 1:
+                y, mean, variance = synchronized_batch_norm(x, gamma, beta)
+            else:
+                y, mean, variance = batch_norm_by_group(x, gamma, beta, num_groups)
             if update_population_norms and num_groups == 1:
                 moving_mean.assign_sub((moving_mean - mean) * (1 - BN_DECAY))
                 moving_variance.assign_sub((moving_variance - variance) * (1 - BN_DECAY))
@@ -164,12 +187,28 @@ class Model(keras.Model):
         return tf.add_n([tf.nn.l2_loss(tf.convert_to_tensor(v))
                          for name, v in self._by_name.items() if name.endswith('/DW')])
 
+    def average_population_norms(self):
+        """Sets the moving averages of all replicas to their mean, in each replica's context.
+
+        They are linear in the batches' statistics: this is what averaging these would give.
+        """
+        if num_replicas() > 1:
+            norms = [v for v in self._by_name.values() if not v.trainable]
+            means = tf.distribute.get_replica_context().all_reduce(
+                'MEAN', [tf.identity(v) for v in norms])
+            for v, mean in zip(norms, means):
+                v.assign(mean)
+
     def checkpoint_variables(self, optimizer=None):
         """Returns {name in the original's checkpoints: tf.Variable}.
 
         The '/Momentum' slots and global_step are among them if `optimizer`, a
-        train.MomentumOptimizer, is given.
+        train.MomentumOptimizer, is given. Of several replicas' copies it is this process's first.
         """
+        return {name: copies[0] for name, copies in self._copies(optimizer).items()}
+
+    def _copies(self, optimizer):
+        """Returns {name in the original's checkpoints: this process's copies, one a replica}."""
         variables = {name: v.value for name, v in self._by_name.items()}
         if optimizer is not None:
             optimizer.build(self.trainable_variables)
@@ -177,7 +216,8 @@ class Model(keras.Model):
             for name, v in self._by_name.items():
                 if v.trainable:
                     variables[f'{name}/Momentum'] = optimizer.velocity(v).value
-        return variables
+        return {name: self.strategy.experimental_local_results(v)
+                for name, v in variables.items()}
 
     def load_madry_checkpoint(self, prefix, optimizer=None):
         """Assigns the weights of a checkpoint of the original's or of this project: one format.
@@ -192,30 +232,31 @@ class Model(keras.Model):
         Raises:
             config.UserError: no such checkpoint, or another network's; nothing is assigned then.
         """
-        variables = self.checkpoint_variables(optimizer)
+        copies = self._copies(optimizer)
         try:
             reader = tf.train.load_checkpoint(str(prefix))
             shapes = reader.get_variable_to_shape_map()
-            for name, variable in variables.items():
+            for name, (variable, *_) in copies.items():
                 if name not in shapes:
                     raise UserError(f'{prefix} holds no {name}: it is of another network than '
                                     f'num_residual_units {self.num_residual_units} describes')
                 if tuple(shapes[name]) != tuple(variable.shape):
                     raise UserError(f'{name} is {list(shapes[name])} in {prefix}, but '
                                     f'{list(variable.shape)} here: see width_factor and classes')
-            extra = sorted(n for n in shapes if n.endswith('/DW') and n not in variables)
+            extra = sorted(n for n in shapes if n.endswith('/DW') and n not in copies)
             if extra:
                 raise UserError(f'{prefix} also holds {extra[0]}: it is of a deeper network than '
                                 f'num_residual_units {self.num_residual_units} describes')
-            values = {name: reader.get_tensor(name) for name in variables}
+            values = {name: reader.get_tensor(name) for name in copies}
             global_step = int(reader.get_tensor('global_step')) if 'global_step' in shapes else 0
         except UserError:
             raise
         except (tf.errors.OpError, ValueError, IndexError) as error:
             raise UserError(f'{prefix} cannot be read as a checkpoint: '
                             f'{str(error).splitlines()[0]}') from None
-        for name, variable in variables.items():
-            variable.assign(values[name])
+        for name, replicas in copies.items():
+            for variable in replicas:
+                variable.assign(values[name])
         return global_step
 
     def save_madry_checkpoint(self, prefix, optimizer=None, global_step=0):
@@ -240,20 +281,88 @@ class Model(keras.Model):
 def build_model(config, num_classes):
     """Returns the Model that a configuration describes."""
     return Model(config['num_residual_units'], config['width_factor'], num_classes,
-                 config['precision'])
+                 config['precision'], config['batch_norms'])
+
+
+def num_replicas():
+    """Returns how many replicas of a tf.distribute strategy run the calling code together."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
+def checkpoints(folder):
+    """Returns the prefixes of the checkpoints in a folder, the newest first."""
+    found = []
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        match = re.fullmatch(r'checkpoint-(\d{1,18})\.index', name)
+        if match:
+            found.append(int(match[1]))
+    return [os.path.join(folder, f'checkpoint-{step}') for step in sorted(found, reverse=True)]
+
+
+def damage(prefix):
+    """Returns what is wrong with a checkpoint's files, in one line, or None.
+
+    Every byte that counts is read: the format keeps a checksum of each tensor and of its index.
+    """
+    try:
+        size = os.path.getsize(f'{prefix}.data-00000-of-00001')
+        reader = tf.train.load_checkpoint(prefix)
+        types = reader.get_variable_to_dtype_map()
+        for name, shape in reader.get_variable_to_shape_map().items():
+            if types[name].size * np.prod(shape, dtype=object) > size:  # or it would be allocated
+                return f'{name} is larger than the file that holds it'
+            reader.get_tensor(name)
+    except OSError as error:
+        return f'{os.path.basename(error.filename)}: {error.strerror}'
+    except Exception as error:  # a damaged index raises nearly anything
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return None
 
 
 def find_checkpoint(config, prefix=None):
-    """Returns the prefix of a checkpoint: the one given, or the newest in model_dir.
+    """Returns the prefix of a checkpoint: the one given, or the newest sound one in model_dir.
+
+    Those that were cut short or damaged are named on stderr and passed over.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or none that is sound.
     """
-    prefix = prefix or tf.train.latest_checkpoint(config['model_dir'])
-    if prefix is None:
-        raise UserError(f'model_dir {config["model_dir"]} holds no checkpoint; train.py writes '
-                        'them there')
-    return prefix
+    if prefix:
+        return prefix
+    found = checkpoints(config['model_dir'])
+    for prefix in found:
+        fault = damage(prefix)
+        if fault is None:
+            return prefix
+        print(f'{prefix} is damaged and passed over: {fault}', file=sys.stderr, flush=True)
+    if found:
+        raise UserError(f'model_dir {config["model_dir"]} holds checkpoints, but none that is '
+                        'whole; another model_dir would fit')
+    raise UserError(f'model_dir {config["model_dir"]} holds no checkpoint; train.py writes '
+                    'them there')
+
+
+def synchronized_batch_norm(x, gamma, beta):
+    """Normalizes x [b, h, w, c] by the statistics of all replicas' x, in each replica's context.
+
+    All shares are equally large. The squares are summed about the common mean: a sum of squares
+    less the squared mean would lose digits that one device's kernel keeps. Gradients flow through
+    the statistics between the replicas: those with respect to x are of the sum of all their losses.
+
+    Returns:
+        y [b, h, w, c], and the mean and the unbiased variance of each channel, [c].
+    """
+    def mean_of_all(values):
+        local = tf.reduce_mean(values, [0, 1, 2])
+        return tf.distribute.get_replica_context().all_reduce('SUM', local) / num_replicas()
+
+    x32 = tf.cast(x, tf.float32)
+    mean = mean_of_all(x32)
+    variance = mean_of_all(tf.math.squared_difference(x32, mean))
+    y = tf.nn.batch_normalization(x32, mean, variance, beta, gamma, BN_EPSILON)
+    n = tf.cast(tf.size(x) // x.shape[-1] * num_replicas(), tf.float32)
+    return tf.cast(y, x.dtype), mean, variance * n / (n - 1)
 
 
 def population_norm(x, gamma, beta, mean, variance):

@@ -74,19 +74,25 @@ class LinfPGDAttack:
         return self._graph(x_nat, tf.cast(y, tf.int64), seed, tail)
 
     def _perturb(self, x_nat, y, seed, tail, *given):
-        lower = tf.maximum(x_nat - self.epsilon, 0.)
-        upper = tf.minimum(x_nat + self.epsilon, 255.)
-
-        def masked(x):
-            return x if tail is None else tf.where(tail[:, None, None, None], x, x_nat)
-
         target = self.target(x_nat, y)
-        x = masked(self.start(x_nat, lower, upper, seed))
+        x = self.first(x_nat, seed, tail)
         for _ in tf.range(self.num_steps):
-            x += self.step_size * tf.sign(self.gradient(x, target, *given))
-            x = masked(tf.clip_by_value(x, lower, upper))
+            x = self.step(x, x_nat, target, tail, *given)
             x.set_shape(x_nat.shape)
         return x
+
+    def ball(self, x_nat):
+        """Returns the least and the greatest pixels that an example may have, [b, 32, 32, 3]."""
+        return tf.maximum(x_nat - self.epsilon, 0.), tf.minimum(x_nat + self.epsilon, 255.)
+
+    def first(self, x_nat, seed, tail):
+        """Returns the batch before the first step; `perturb` says what the arguments are."""
+        return masked(self.start(x_nat, *self.ball(x_nat), seed), x_nat, tail)
+
+    def step(self, x, x_nat, target, tail, *given):
+        """Returns the batch x [b, 32, 32, 3] one step on; `target` is what self.target returned."""
+        x += self.step_size * tf.sign(self.gradient(x, target, *given))
+        return masked(tf.clip_by_value(x, *self.ball(x_nat)), x_nat, tail)
 
     def start(self, x_nat, lower, upper, seed):
         """Returns where the attack starts, [b, 32, 32, 3]."""
@@ -111,6 +117,11 @@ class LinfPGDAttack:
         if self.loss_func == 'xent':
             return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
         return -tf.reduce_sum(tf.nn.relu(margin(logits, y) + 50))
+
+
+def masked(x, x_nat, tail):
+    """Returns x where the mask tail [b] is set and x_nat elsewhere; x where tail is None."""
+    return x if tail is None else tf.where(tail[:, None, None, None], x, x_nat)
 
 
 def margin(logits, y):

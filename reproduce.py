@@ -83,7 +83,8 @@ SWEEP_EPSILONS = (0, 1, 2, 4, 8, 16, 32, 64)
 
 # Keys that a figure does not depend on; the last ones only those attacks depend on.
 NO_PART = ('model_dir', 'data_path', 'num_output_steps', 'num_summary_steps',
-           'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'num_attack_examples')
+           'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'distribution',
+           'batch_norms', 'num_attack_examples')
 OF_ATTACK = {'fgsm_epsilon': ('fgsm',), 'apgd_num_steps': ('apgd', 'apgd_eot'),
              'eot_draws': ('apgd_eot',)}
 

@@ -3,13 +3,24 @@
     python train.py                                    # config.json: w32-10, norm shaping
     python train.py --config configs/quick.json --set training_mode=adv_only
 
-Started again, it goes on from the newest checkpoint in model_dir.
+Started again with the same command, it goes on from the newest checkpoint in model_dir that is
+whole, and ends as if it had never been stopped: all that is random follows from the seeds and the
+step number, and the log and the TensorBoard curves are cut back to that checkpoint. Ctrl-C and
+SIGTERM let it finish the step and save; it then leaves with status 75.
 """
 from datetime import datetime, timedelta
+import errno
+import fcntl
+import glob
+import json
 import os
+import signal
+import socket
 import sys
 from timeit import default_timer as timer
 
+from absl import flags
+from google.protobuf.message import DecodeError
 import numpy as np
 
 from config import UserError, config_from_flags, load_config, run, store_config
@@ -18,8 +29,11 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from cifar10_input import eval_examples, load_data
-from model import build_model
-from pgd_attack import LinfPGDAttack
+from distribution import (LOST, check_shares, divide_cpu, is_chief, make_strategy, make_sum,
+                          num_workers, shares)
+from files import replacing
+from model import build_model, checkpoints, find_checkpoint
+from pgd_attack import LinfPGDAttack, masked
 from shaping import tail_mask
 from trades import TradesAttack, kl_divergence
 
@@ -28,6 +42,11 @@ MAY_CHANGE = ('model_dir', 'data_path', 'max_num_training_steps', 'num_output_st
               'num_summary_steps', 'num_checkpoint_steps', 'num_eval_examples', 'eval_batch_size',
               'eval_on_cpu', 'store_adv_path', 'inference_shaping_ratio', 'shaping_batch_size',
               'xla', 'fgsm_epsilon', 'apgd_num_steps', 'eot_draws', 'num_attack_examples')
+
+
+LOG = 'log.jsonl'     # in model_dir: one line a report, the same figures as on stdout
+STOPPED = 75          # exit status of a run that was stopped and can go on: sysexits' EX_TEMPFAIL
+PROFILE_STEPS = 10
 
 
 class MomentumOptimizer(keras.optimizers.Optimizer):
@@ -87,47 +106,78 @@ def augment(images, seed):
     return tf.gather(tf.gather(padded, rows, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def adversarial_tail(config):
-    """Returns the mask [m] of the samples that a training batch's weight update sees attacked."""
-    m = config['training_batch_size']
+def adversarial_tail(config, num_replicas=1):
+    """Returns the mask of the samples that a training batch's weight update sees attacked, [m].
+
+    With num_replicas: of those of one replica's share, [m / replicas].
+    """
+    m = config['training_batch_size'] // num_replicas
     if config['training_mode'] in ('natural', 'adv_only'):
         return np.full(m, config['training_mode'] == 'adv_only')
     return tail_mask(m, config['shaping_ratio'])
 
 
 def make_batch(model, config, update_population_norms=True):
-    """Returns f(images, labels, step) -> (x_nat, x): the augmented images, and the batch X^(T).
+    """Returns f(images, labels, step) -> (x_nat, x, labels): augmented images, and the batch X^(T).
 
     X^(T) is what the weight update sees: clean head and adversarial tail, as training_mode says
     (paper, Eq. 5 and section VI). f is made of TensorFlow ops, its randomness of tf_random_seed and
-    the step number alone.
+    the step number alone. With several replicas, each works on its share (distribution.shares), and
+    what f returns is all replicas' values; the attack's loop is around them, as replicas cannot
+    exchange anything within a loop of their own.
     """
+    strategy = model.strategy
+    tail = adversarial_tail(config)
+    samples = shares(tail, strategy.num_replicas_in_sync)
+    mode = config['training_mode']
     ball = config['epsilon'], config['num_steps'], config['step_size']
     if config['adversary'] == 'trades':
         attack = TradesAttack(model, *ball, update_population_norms=update_population_norms)
     else:
         attack = LinfPGDAttack(model, *ball, config['random_start'], config['loss_func'],
                                update_population_norms=update_population_norms)
-    tail = adversarial_tail(config)
+    attacked = None  # that is, all
+    if mode == 'shaping_in_attack_and_training':
+        attacked = adversarial_tail(config, strategy.num_replicas_in_sync)
+
+    def first(images, labels, step):
+        """What precedes the loop, in each replica: drawn for the whole batch, then shared out."""
+        seed = tf.stack([tf.constant(config['tf_random_seed'], tf.int64), tf.cast(step, tf.int64)])
+        x_nat = x = tf.cast(images, tf.float32)
+        labels = tf.cast(labels, tf.int64)
+        if config['data_augmentation']:
+            x_nat = x = augment(x_nat, tf.random.fold_in(seed, 0, alg='philox'))
+        if mode != 'natural':
+            x = attack.first(x_nat, tf.random.fold_in(seed, 1, alg='philox'),
+                             None if attacked is None else tail)
+        if len(samples) > 1:
+            mine = tf.gather(samples, tf.distribute.get_replica_context().replica_id_in_sync_group)
+            x_nat, x, labels = (tf.gather(values, mine) for values in (x_nat, x, labels))
+        return x_nat, x, labels, () if mode == 'natural' else attack.target(x_nat, labels)
+
+    def attack_step(x, x_nat, target):
+        return attack.step(x, x_nat, target, attacked)
+
+    def put_head_back(x, x_nat):
+        return masked(x, x_nat, adversarial_tail(config, len(samples)))
 
     def batch(images, labels, step):
-        seed = tf.stack([tf.constant(config['tf_random_seed'], tf.int64), tf.cast(step, tf.int64)])
-        x_nat = tf.cast(images, tf.float32)
-        if config['data_augmentation']:
-            x_nat = augment(x_nat, tf.random.fold_in(seed, 0, alg='philox'))
-        attack_seed = tf.random.fold_in(seed, 1, alg='philox')
-        if config['training_mode'] == 'natural':
-            return x_nat, x_nat
-        if config['training_mode'] == 'shaping_in_attack_and_training':
-            return x_nat, attack.perturb(x_nat, labels, attack_seed, tail)
-        x_adv = attack.perturb(x_nat, labels, attack_seed)
-        return x_nat, tf.where(tail[:, None, None, None], x_adv, x_nat)
+        x_nat, x, labels, target = strategy.run(first, (images, labels, step))
+        if mode != 'natural':
+            for _ in tf.range(config['num_steps']):
+                x = strategy.run(attack_step, (x, x_nat, target))
+        if mode == 'shaping_in_training':
+            x = strategy.run(put_head_back, (x, x_nat))
+        return x_nat, x, labels
 
     return batch
 
 
 def make_train_step(model, optimizer, config):
     """Returns the training step: augmentation, attack and weight update in one tf.function.
+
+    The model and the optimizer are made in the scope of the tf.distribute strategy that the step is
+    for, if any.
 
     Returns:
         f(images, labels, step) -> dict of scalar tensors. images: uint8 [m, 32, 32, 3], labels:
@@ -141,43 +191,56 @@ def make_train_step(model, optimizer, config):
     adversary with trades_beta above 0 adds trades_beta * KL(p(x_nat) || p(x_adv)) to the loss of
     each attacked sample, before that mean: in adv_only, what TRADES adds. p(x_nat) comes from a
     pass over the natural batch, the tail's samples in the shaped batch as it was before the attack.
+
+    Each replica's loss is divided by their number: their sum is the mean over the batch.
     """
-    m = config['training_batch_size']
-    tail = adversarial_tail(config)
+    m, strategy = config['training_batch_size'], model.strategy
+    replicas = strategy.num_replicas_in_sync
+    tail = adversarial_tail(config, replicas)
     beta = config['trades_beta'] if config['adversary'] == 'trades' and tail.any() else 0.
     batch = make_batch(model, config)
     optimizer.build(model.trainable_variables)
 
-    @tf.function(jit_compile=use_xla(config), input_signature=[
-        tf.TensorSpec([m, 32, 32, 3], tf.uint8), tf.TensorSpec([m], tf.int64),
-        tf.TensorSpec([], tf.int64)])
-    def train_step(images, labels, step):
-        x_nat, x = batch(images, labels, step)
+    def update(x_nat, x, labels):
         with tf.GradientTape() as tape:
             logits_nat = model(x_nat) if beta else None
             logits = model(x)
             xent = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             loss = tf.reduce_mean(xent) + config['weight_decay'] * model.weight_decay_loss()
+            loss /= replicas
             if beta:
                 kl = tf.gather(kl_divergence(logits_nat, logits), np.flatnonzero(tail))
                 loss += beta * tf.reduce_sum(kl) / m
-        learning_rate = tf.convert_to_tensor(optimizer.learning_rate)
         gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)  # sums them over the replicas
+        model.average_population_norms()
 
         correct = tf.cast(tf.argmax(logits, 1) == labels, tf.float32)
-        metrics = {'loss': loss, 'xent': tf.reduce_mean(xent), 'accuracy': tf.reduce_mean(correct),
-                   'learning_rate': learning_rate}
+        means = {'xent': tf.reduce_mean(xent), 'accuracy': tf.reduce_mean(correct)}
         if beta:
-            metrics['kl'] = tf.reduce_mean(kl)
+            means['kl'] = tf.reduce_mean(kl)
         for name, part in (('clean', ~tail), ('adv', tail)):
             if part.any():
-                metrics[f'xent_{name}'] = tf.reduce_mean(tf.gather(xent, np.flatnonzero(part)))
-                metrics[f'accuracy_{name}'] = tf.reduce_mean(
-                    tf.gather(correct, np.flatnonzero(part)))
-        return metrics
+                means[f'xent_{name}'] = tf.reduce_mean(tf.gather(xent, np.flatnonzero(part)))
+                means[f'accuracy_{name}'] = tf.reduce_mean(tf.gather(correct, np.flatnonzero(part)))
+        return {'loss': loss * replicas, **means}
+
+    @tf.function(jit_compile=replicas == 1 and use_xla(config), input_signature=[
+        tf.TensorSpec([m, 32, 32, 3], tf.uint8), tf.TensorSpec([m], tf.int64),
+        tf.TensorSpec([], tf.int64)])
+    def train_step(images, labels, step):
+        learning_rate = tf.convert_to_tensor(optimizer.learning_rate)
+        metrics = strategy.run(update, batch(images, labels, step))
+        return {**mean_of_replicas(strategy, metrics), 'learning_rate': learning_rate}
 
     return train_step
+
+
+def mean_of_replicas(strategy, values):
+    """Returns {name: scalar}, the mean over all replicas, of what strategy.run returned."""
+    names = list(values)
+    together = strategy.run(lambda *values: tf.stack(values), [values[name] for name in names])
+    return dict(zip(names, tf.unstack(strategy.reduce('MEAN', together, axis=None))))
 
 
 def make_report(model, config):
@@ -185,18 +248,23 @@ def make_report(model, config):
 
     To be called before the step: they draw the same random numbers. Unlike the original's, these
     passes leave the moving averages alone: how often a run reports does not change what it trains.
+    Of several replicas, X^(T) is this process's first one's share.
     """
+    strategy = model.strategy
     natural = make_batch(model, {**config, 'training_mode': 'natural'})
     batch = make_batch(model, config, update_population_norms=False)
 
     @tf.function
     def natural_accuracy(images, labels, step):
-        logits = model(natural(images, labels, step)[1], update_population_norms=False)
-        return tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == labels, tf.float32))
+        def accuracy(_, x, labels):
+            logits = model(x, update_population_norms=False)
+            return {'accuracy': tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == labels, tf.float32))}
+        accuracies = strategy.run(accuracy, natural(images, labels, step))
+        return mean_of_replicas(strategy, accuracies)['accuracy']
 
     @tf.function
     def attacked_images(images, labels, step):
-        return batch(images, labels, step)[1]
+        return strategy.experimental_local_results(batch(images, labels, step)[1])[0]
 
     return natural_accuracy, attacked_images
 
@@ -233,9 +301,117 @@ def check_same_run(config, path):
                         'another model_dir would fit')
 
 
+def forget_steps(model_dir, start):
+    """Takes the steps from `start` on out of the log and the TensorBoard files in model_dir.
+
+    They are about to be done again: a run that was killed had gone past its last checkpoint. What a
+    kill cut off goes, too. Every file is written anew and moved into place, or left alone.
+    """
+    log = os.path.join(model_dir, LOG)
+    if os.path.exists(log):
+        with open(log, encoding='utf-8', errors='replace') as f:
+            lines = f.readlines()
+        kept = [line for line in lines if logged_step(line) < start]
+        if kept != lines:
+            with replacing(log) as f:
+                f.writelines(kept)
+    for path in glob.glob(os.path.join(glob.escape(model_dir), 'events.out.tfevents.*')):
+        kept, whole = [], True
+        try:
+            for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
+                if tf.compat.v1.Event.FromString(record).step < start or not kept:
+                    kept.append(record)  # the first one tells the file's version
+                else:
+                    whole = False
+        except (tf.errors.DataLossError, DecodeError) as error:
+            whole = False
+            if not isinstance(error, tf.errors.DataLossError) or 'truncated' not in error.message:
+                print(f'{path} is damaged: the curves end there until step {start}', flush=True)
+        if not whole:
+            with tf.io.TFRecordWriter(f'{path}.tmp') as writer:
+                for record in kept:
+                    writer.write(record)
+            os.replace(f'{path}.tmp', path)
+
+
+def logged_step(line):
+    """Returns the step that a line of the log tells of; infinity where it was cut off."""
+    try:
+        return json.loads(line)['step']
+    except (ValueError, KeyError, TypeError):
+        return float('inf')
+
+
+def append(path, line):
+    """Adds a line to a file, at once."""
+    try:
+        with open(path, 'ab', buffering=0) as f:
+            f.write(line.encode() + b'\n')
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None  # a full disk names no file
+
+
+def remove_unfinished(model_dir):
+    """Removes what a checkpoint leaves whose writing was stopped."""
+    for name in ('checkpoint-*.tempstate*', 'checkpoint.tmp*'):
+        for path in glob.glob(os.path.join(glob.escape(model_dir), name)):
+            os.remove(path)
+
+
+def take_lock(path):
+    """Returns an open file that no other process can have, for as long as this one lives.
+
+    Raises:
+        OSError: another process has it, or it cannot be written.
+    """
+    f = open(path, 'a+', encoding='utf-8')
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.seek(0)
+        raise OSError(errno.EWOULDBLOCK, f'{f.read().strip() or "another process"} is training '
+                      'there; another model_dir would fit', path) from None
+    f.truncate(0)
+    f.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    f.flush()
+    return f
+
+
+def stop_on_signals():
+    """Returns a list that Ctrl-C or SIGTERM adds to; the second one ends the program at once."""
+    asked, before = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number, _):
+        asked.append(number)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        os.write(2, b'\nfinishing this step, then saving; once more to stop at once\n')
+
+    for s in before:
+        signal.signal(s, ask)
+    return asked
+
+
 def main():
     tf.get_logger().setLevel('ERROR')  # the Saver calls itself deprecated, at length
     config = config_from_flags()
+    divide_cpu(flags.FLAGS.logical_cpus)
+    strategy = make_strategy(config)
+    check_shares(config, strategy.num_replicas_in_sync)
+    try:
+        train(config, strategy)
+    except LOST as error:
+        if num_workers(strategy) == 1:
+            raise
+        print(f'train.py: a worker was lost ({type(error).__name__}); the same command on all '
+              'workers goes on from the newest checkpoint', file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+def train(config, strategy):
+    """Trains until max_num_training_steps, or until a signal; see the programs's docstring."""
+    chief = is_chief(strategy)
+    sum_over_replicas = make_sum(strategy)
     keras.utils.set_random_seed(config['tf_random_seed'])
     max_num_training_steps = config['max_num_training_steps']
     batch_size = config['training_batch_size']
@@ -246,40 +422,56 @@ def main():
     data = load_data(config)
     data.train_data.get_batch(0, batch_size)
     eval_examples(data, config)  # rather told now than after the training
-    model = build_model(config, data.num_classes)
-    optimizer = make_optimizer(config)
-    train_step = make_train_step(model, optimizer, config)
+    with strategy.scope():
+        model = build_model(config, data.num_classes)
+        optimizer = make_optimizer(config)
+        train_step = make_train_step(model, optimizer, config)
     natural_accuracy, attacked_images = make_report(model, config)
-    tail = adversarial_tail(config)
+    tail = adversarial_tail(config, strategy.num_replicas_in_sync)
 
-    # Setting up the TensorBoard and checkpoint outputs
-    saver = tf.compat.v1.train.Saver(model.checkpoint_variables(optimizer), max_to_keep=3,
-                                     save_relative_paths=True)  # model_dir may be moved
-    found = tf.train.get_checkpoint_state(model_dir)
+    # Going on from the newest checkpoint that is whole, where there is one
     start = 0
-    if not found and tf.io.gfile.glob(os.path.join(model_dir, 'checkpoint-*.index')):
-        raise UserError(f'{model_dir} holds checkpoints, but no readable file `checkpoint` that '
-                        'names the newest; another model_dir would fit')
-    if found:
-        check_same_run(config, stored_config)
-        start = model.load_madry_checkpoint(found.model_checkpoint_path, optimizer)
-        saver.recover_last_checkpoints(found.all_model_checkpoint_paths)
-        print(f'Going on from {found.model_checkpoint_path}', flush=True)
     os.makedirs(model_dir, exist_ok=True)
-    store_config(config, stored_config)  # kept with the model, for reproducibility
-    summary_writer = tf.summary.create_file_writer(model_dir)
+    _lock = take_lock(os.path.join(model_dir, 'lock')) if chief else None
+    if checkpoints(model_dir):
+        check_same_run(config, stored_config)
+        newest = find_checkpoint(config)
+        start = model.load_madry_checkpoint(newest, optimizer)
+        print(f'Going on from {newest}', flush=True)
+    if sum_over_replicas(start) != start * strategy.num_replicas_in_sync:
+        raise UserError(f'this worker found a checkpoint of step {start} in {model_dir}, another '
+                        'one another: a model_dir that all workers share would fit')
+    profile_from = start + 1 if flags.FLAGS.profile else None  # the first step traces the graph
+    if flags.FLAGS.profile and max_num_training_steps - start <= PROFILE_STEPS:
+        raise UserError(f'--profile takes {PROFILE_STEPS} steps after the first; '
+                        f'{max_num_training_steps - start} are left')
 
-    def save():
+    # Setting up the TensorBoard, log and checkpoint outputs
+    if chief:
+        store_config(config, stored_config)  # kept with the model, for reproducibility
+        forget_steps(model_dir, start)
+        remove_unfinished(model_dir)
+        saver = tf.compat.v1.train.Saver(model.checkpoint_variables(optimizer), max_to_keep=3,
+                                         save_relative_paths=True)  # model_dir may be moved
+        saver.recover_last_checkpoints([prefix for prefix in reversed(checkpoints(model_dir))
+                                        if int(prefix.rpartition('-')[2]) <= start])
+        log = os.path.join(model_dir, LOG)
+        summary_writer = tf.summary.create_file_writer(model_dir)
+
+    def save(step):
         """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
         state = model.checkpoint_variables(optimizer).values()
         if not all(np.isfinite(v.numpy()).all() for v in state):
-            stop_diverged(int(optimizer.iterations), 'a weight')
+            stop_diverged(step, 'a weight')
+        if not chief:
+            return
         try:
-            saver.save(None, os.path.join(model_dir, 'checkpoint'), optimizer.iterations.value,
-                       write_meta_graph=False)
+            saver.save(None, os.path.join(model_dir, 'checkpoint'), step, write_meta_graph=False)
         except tf.errors.OpError as error:
+            remove_unfinished(model_dir)
             raise UserError(f'no checkpoint could be written in {model_dir}: '
-                            f'{error.message.splitlines()[0]}') from None
+                            f'{error.message.splitlines()[0]}; the last good one is '
+                            f'{tf.train.latest_checkpoint(model_dir)}') from None
 
     def stop_diverged(step, what):
         raise UserError(f'{what} is NaN or infinite at step {step}; the last good checkpoint is '
@@ -287,13 +479,16 @@ def main():
                         'step_size_schedule, with another model_dir, may fit')
 
     if start == 0:
-        save()
+        save(0)
 
     # Main training loop
+    asked = stop_on_signals()
     training_time, timed_steps = 0., 0
     bar = tqdm(total=max_num_training_steps, initial=start, unit='step',
-               disable=not sys.stderr.isatty())
+               disable=not (chief and sys.stderr.isatty()))
     for ii in range(start, max_num_training_steps):
+        if ii == profile_from:
+            tf.profiler.experimental.start(model_dir)
         x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
         inputs = tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64)
 
@@ -305,43 +500,62 @@ def main():
 
         # Actual training step
         begin = timer()
-        metrics = {name: float(value) for name, value in train_step(*inputs).items()}
+        with tf.profiler.experimental.Trace('train', step_num=ii, _r=1):
+            metrics = {name: float(value) for name, value in train_step(*inputs).items()}
         if ii > start:  # the first step also traces the graph
             training_time += timer() - begin
             timed_steps += 1
         bar.update()
         if not np.isfinite(metrics['loss']):
             stop_diverged(ii, 'the loss')
+        if profile_from is not None and ii + 1 == profile_from + PROFILE_STEPS:
+            tf.profiler.experimental.stop()
+            print(f'Profile of steps {profile_from} to {ii}: tensorboard --logdir {model_dir}')
 
-        # Output to stdout
-        if output:
+        # Output to stdout and the log
+        if output and chief:
             report = [f'Step {ii}:    ({datetime.now()})',
                       f'    training nat accuracy {nat_accuracy * 100:.4}%']
             if 'accuracy_adv' in metrics:
                 report.append(f'    training adv accuracy {metrics["accuracy_adv"] * 100:.4}%')
             report.append(f'    loss {metrics["loss"]:.4f}, '
                           f'learning rate {metrics["learning_rate"]:.4g}')
+            line = {'step': ii, 'accuracy_nat': nat_accuracy, **metrics}
             if timed_steps:
                 seconds = training_time / timed_steps
                 left = timedelta(seconds=round(seconds * (max_num_training_steps - ii - 1)))
                 report.append(f'    {batch_size / seconds:.1f} examples per second, {left} left')
+                line['examples_per_second'] = batch_size / seconds
                 training_time, timed_steps = 0., 0
             tqdm.write('\n'.join(report))
             sys.stdout.flush()
+            append(log, json.dumps(line))
 
         # TensorBoard summaries
-        if summary:
+        if summary and chief:
             with summary_writer.as_default():
                 write_summaries(metrics, nat_accuracy, images, tail, ii)
             summary_writer.flush()
 
         # Write a checkpoint
-        if (ii + 1) % config['num_checkpoint_steps'] == 0 or ii + 1 == max_num_training_steps:
-            save()
+        stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
+        last = ii + 1 == max_num_training_steps
+        if (ii + 1) % config['num_checkpoint_steps'] == 0 or last or stop:
+            save(ii + 1)
+        if stop and not last:
+            bar.close()
+            print(f'Stopped after {ii + 1} steps, which are saved; the same command goes on',
+                  flush=True)
+            sys.exit(STOPPED)
     bar.close()
-    print(f'{max(start, max_num_training_steps)} steps done: '
-          f'{tf.train.latest_checkpoint(model_dir)}')
+    if chief:
+        print(f'{max(start, max_num_training_steps)} steps done: '
+              f'{tf.train.latest_checkpoint(model_dir)}')
 
 
 if __name__ == '__main__':
+    flags.DEFINE_boolean('profile', False, f'Write a TensorBoard profile of {PROFILE_STEPS} steps '
+                         'into model_dir.')
+    flags.DEFINE_integer('logical_cpus', 1, 'Divide the CPU into so many logical devices, to try '
+                         'distribution=mirrored without GPUs.')
     run(main)

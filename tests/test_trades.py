@@ -76,7 +76,7 @@ def test_the_start_is_finite_whatever_bits_are_drawn(monkeypatch):
 def test_beta_adds_the_divergence_of_the_attacked_samples(small_model, small_config, batch, mode):
     """The loss with beta 6, from the logits of two plain forward passes, in float64."""
     config = small_config(training_mode=mode, adversary='trades', trades_beta=6.)
-    x_nat, x = train.make_batch(small_model, config, update_population_norms=False)(
+    x_nat, x, _ = train.make_batch(small_model, config, update_population_norms=False)(
         *batch, tf.constant(0, tf.int64))
     logits_nat, logits = (small_model(v, update_population_norms=False) for v in (x_nat, x))
     xent = -log_softmax(logits)[np.arange(16), batch[1]]
@@ -101,6 +101,6 @@ def test_beta_pulls_the_two_distributions_together(small_config, small_model, ba
         step = train.make_train_step(small_model, train.make_optimizer(config), config)
         for _ in range(15):
             step(*batch, 0)
-        x_nat, x = train.make_batch(small_model, config)(*batch, tf.constant(0, tf.int64))
+        x_nat, x, _ = train.make_batch(small_model, config)(*batch, tf.constant(0, tf.int64))
         left[beta] = float(tf.reduce_mean(kl_divergence(small_model(x_nat), small_model(x))))
     assert left[20.] < left[0.] / 2

@@ -67,7 +67,7 @@ def test_optimizer_does_what_tensorflow_1s_does_across_changes_of_the_rate():
 @pytest.mark.parametrize('mode', TRAINING_MODES)
 def test_what_the_weight_update_sees(small_model, small_config, batch, mode):
     config = small_config(training_mode=mode)
-    x_nat, x = (v.numpy() for v in train.make_batch(small_model, config)(*batch, tf.constant(3)))
+    x_nat, x, _ = (v.numpy() for v in train.make_batch(small_model, config)(*batch, tf.constant(3)))
     attacked = (x_nat != x).reshape(16, -1).mean(axis=1) > 0.5
     expected = {'natural': [False] * 16, 'adv_only': [True] * 16}.get(
         mode, [False] * 12 + [True] * 4)

@@ -1,0 +1,122 @@
+"""Training on several devices, through tf.distribute: the strategy, and each replica's share.
+
+    --set distribution=mirrored       all GPUs of this machine (or its logical CPU devices)
+    --set distribution=multi_worker   several machines: TF_CONFIG names them, one process on each
+
+Every replica holds all weights and computes its share of each batch; gradients are summed over all.
+Of every share, as of the batch, n of n + 1 samples are clean: a share is a part of the batch's
+clean head, then a part of its adversarial tail. So what is attacked is what one device would
+attack, with the same random numbers.
+"""
+import json
+import os
+
+import numpy as np
+
+from config import UserError
+import tensorflow as tf
+
+LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError, tf.errors.InternalError, tf.errors.FailedPreconditionError)
+
+
+def make_strategy(config):
+    """Returns the tf.distribute strategy that a configuration asks for, of one device or more.
+
+    Raises:
+        UserError: TF_CONFIG is missing or names no cluster of workers; xla is 'on'.
+    """
+    if config['distribution'] == 'none':
+        return tf.distribute.get_strategy()
+    if config['xla'] == 'on':
+        raise UserError(f'xla is on, distribution {config["distribution"]}: XLA compiles the step '
+                        'of one device alone; auto or off would fit')
+    if config['distribution'] == 'mirrored':
+        devices = tf.config.list_logical_devices('GPU') or tf.config.list_logical_devices('CPU')
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    check_tf_config(os.environ.get('TF_CONFIG'))
+    return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+def check_tf_config(text):
+    """Raises UserError unless TF_CONFIG's text names a cluster of workers and this one's place."""
+    fits = ('{"cluster": {"worker": ["host:port", "host:port"]}, "task": {"type": "worker", '
+            '"index": 0}} would fit, the index another in each process')
+    if not text:
+        raise UserError(f'distribution is multi_worker, but TF_CONFIG is not set: {fits}')
+    try:
+        value = json.loads(text)
+        cluster, task = value['cluster'], value['task']
+        addresses = [a for kind in ('chief', 'worker') for a in cluster.get(kind, [])]
+        if not addresses or set(cluster) - {'chief', 'worker'} or len(cluster.get('chief', [])) > 1:
+            raise ValueError
+        if not all(isinstance(a, str) and a.rpartition(':')[2].isdecimal() for a in addresses):
+            raise ValueError
+        if type(task['index']) is not int or not 0 <= task['index'] < len(cluster[task['type']]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError('TF_CONFIG names no cluster of workers with a task in it: '
+                        f'{fits}') from None
+
+
+def is_chief(strategy):
+    """Returns whether this process writes checkpoints, logs and summaries: one process does."""
+    resolver = strategy.cluster_resolver
+    if resolver is None or not resolver.cluster_spec().as_dict():
+        return True
+    if 'chief' in resolver.cluster_spec().as_dict():
+        return resolver.task_type == 'chief'
+    return resolver.task_id == 0
+
+
+def num_workers(strategy):
+    """Returns how many processes train together."""
+    resolver = strategy.cluster_resolver
+    cluster = resolver.cluster_spec().as_dict() if resolver else {}
+    return sum(map(len, cluster.values())) or 1
+
+
+def check_shares(config, num_replicas):
+    """Raises UserError unless a batch can be shared out to so many replicas, n:1 in each share."""
+    m = config['training_batch_size']
+    unit = config['shaping_ratio'] + 1 if config['training_mode'].startswith('shaping') else 1
+    unit *= num_replicas
+    if m % unit:
+        fits = max(1, m // unit) * unit
+        raise UserError(
+            f'training_batch_size is {m}: shared out to {num_replicas} replicas, each share '
+            + (f'{config["shaping_ratio"]}:1, ' if unit > num_replicas else '')
+            + f'multiples of {unit} fit, such as {fits} or {fits + unit}')
+
+
+def shares(tail, num_replicas):
+    """Returns which samples of a batch each replica sees, [replicas, b / replicas].
+
+    Args:
+        tail: mask [b] of the batch's adversarial tail.
+    """
+    parts = [np.flatnonzero(part).reshape(num_replicas, -1) for part in (~tail, tail)]
+    return np.concatenate(parts, axis=1)
+
+
+def make_sum(strategy):
+    """Returns f(integer of this process's) -> its sum over all replicas, one of each counted."""
+    if num_workers(strategy) == 1:
+        return lambda value: value * strategy.num_replicas_in_sync
+
+    @tf.function
+    def summed(value):
+        def of_replica():
+            return tf.distribute.get_replica_context().all_reduce('SUM', tf.identity(value))
+        return strategy.experimental_local_results(strategy.run(of_replica))[0]
+    return lambda value: int(summed(tf.constant(value, tf.int64)))
+
+
+def divide_cpu(count):
+    """Divides the CPU into `count` logical devices, before TensorFlow first uses it."""
+    if not 1 <= count <= 64:
+        raise UserError(f'--logical_cpus is {count}; an integer, 1 to 64, would fit')
+    if count > 1:
+        cpu = tf.config.list_physical_devices('CPU')[0]
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * count)
