@@ -8,12 +8,14 @@ whole, and ends as if it had never been stopped: all that is random follows from
 step number, and the log and the TensorBoard curves are cut back to that checkpoint. Ctrl-C and
 SIGTERM let it finish the step and save; it then leaves with status 75.
 """
+import contextlib
 from datetime import datetime, timedelta
 import errno
 import fcntl
 import glob
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -351,6 +353,28 @@ def append(path, line):
         raise OSError(error.errno, error.strerror, path) from None  # a full disk names no file
 
 
+def reason(error):
+    """Returns what a TensorFlow error says, without the names of its operations, in one line."""
+    text = re.sub(r'\{\{.*?\}\} ?| ?\[Op:.*', '', error.message)
+    return '; '.join(line.strip() for line in text.splitlines() if line.strip())
+
+
+@contextlib.contextmanager
+def in_one_line(what):
+    """Makes a UserError of what TensorFlow raises where `what` cannot be written."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise UserError(f'{what} cannot be written: {reason(error)}') from None
+
+
+def refuse_full_disk(folder):
+    """Raises OSError where there is no room left: TensorBoard's writer says nothing of it."""
+    disk = os.statvfs(folder)
+    if disk.f_blocks > 0 and disk.f_bavail == 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+
+
 def remove_unfinished(model_dir):
     """Removes what a checkpoint leaves whose writing was stopped."""
     for name in ('checkpoint-*.tempstate*', 'checkpoint.tmp*'):
@@ -409,7 +433,7 @@ def main():
 
 
 def train(config, strategy):
-    """Trains until max_num_training_steps, or until a signal; see the programs's docstring."""
+    """Trains until max_num_training_steps, or until a signal; see the program's docstring."""
     chief = is_chief(strategy)
     sum_over_replicas = make_sum(strategy)
     keras.utils.set_random_seed(config['tf_random_seed'])
@@ -456,7 +480,8 @@ def train(config, strategy):
         saver.recover_last_checkpoints([prefix for prefix in reversed(checkpoints(model_dir))
                                         if int(prefix.rpartition('-')[2]) <= start])
         log = os.path.join(model_dir, LOG)
-        summary_writer = tf.summary.create_file_writer(model_dir)
+        with in_one_line(f'TensorBoard summaries in {model_dir}'):
+            summary_writer = tf.summary.create_file_writer(model_dir)
 
     def save(step):
         """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
@@ -469,9 +494,8 @@ def train(config, strategy):
             saver.save(None, os.path.join(model_dir, 'checkpoint'), step, write_meta_graph=False)
         except tf.errors.OpError as error:
             remove_unfinished(model_dir)
-            raise UserError(f'no checkpoint could be written in {model_dir}: '
-                            f'{error.message.splitlines()[0]}; the last good one is '
-                            f'{tf.train.latest_checkpoint(model_dir)}') from None
+            raise UserError(f'no checkpoint could be written in {model_dir}: {reason(error)}; the '
+                            f'last good one is {tf.train.latest_checkpoint(model_dir)}') from None
 
     def stop_diverged(step, what):
         raise UserError(f'{what} is NaN or infinite at step {step}; the last good checkpoint is '
@@ -533,9 +557,11 @@ def train(config, strategy):
 
         # TensorBoard summaries
         if summary and chief:
-            with summary_writer.as_default():
-                write_summaries(metrics, nat_accuracy, images, tail, ii)
-            summary_writer.flush()
+            with in_one_line(f'TensorBoard summaries in {model_dir}'):
+                with summary_writer.as_default():
+                    write_summaries(metrics, nat_accuracy, images, tail, ii)
+                summary_writer.flush()
+            refuse_full_disk(model_dir)
 
         # Write a checkpoint
         stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all

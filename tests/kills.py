@@ -37,11 +37,14 @@ def command(folder, steps, *settings):
         f'max_num_training_steps={steps}', f'model_dir={folder}', *settings))]
 
 
-def start(arguments, **more):
-    # a shell's background job, which this may be, ignores SIGINT, and so would its child
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more)
+def start(arguments, first=lambda: None, **more):
+    """Starts a program; `first` is called in its process before it."""
+    def before():
+        # a shell's background job, which this may be, ignores SIGINT, and so would its child
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        first()
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=before, **more)
 
 
 def weights(folder, step):

@@ -1,0 +1,224 @@
+"""Trainings that are stopped, killed, damaged or run twice; kills.py tries many more kills."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import kills
+from config import UserError, load_config, store_config
+from conftest import CHECKPOINT
+from model import checkpoints, damage, find_checkpoint
+import train
+
+STEPS = 30
+
+
+def run(folder, *settings, steps=STEPS, **more):
+    """Runs a training to its end; returns (status, stdout, the lines on stderr that are ours)."""
+    process = kills.start(kills.command(folder, steps, *settings), **more)
+    stdout, stderr = process.communicate(timeout=300)
+    assert 'Traceback' not in stderr, stderr
+    return process.returncode, stdout, [line for line in stderr.splitlines()
+                                        if line.startswith('train.py: ')]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """The folder of a training of 30 steps that was never stopped; checkpoints 20, 25 and 30."""
+    folder = str(tmp_path_factory.mktemp('whole'))
+    status, _, stderr = run(folder)
+    assert status == 0, stderr
+    return folder
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A copy of it that nobody else uses."""
+    folder = str(tmp_path / 'model')
+    shutil.copytree(whole, folder)
+    return folder
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_stopped_and_started_again_it_ends_as_if_it_never_had_been(whole, tmp_path, number):
+    folder = str(tmp_path)
+    process, stdout = kills.start(kills.command(folder, STEPS)), ''
+    while 'Step 13:' not in stdout:
+        stdout += process.stdout.readline()
+    process.send_signal(number)
+    more, stderr = process.communicate(timeout=60)
+    stdout += more
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == train.STOPPED and 'Traceback' not in stderr
+        done = kills.last_step(stdout) + 1
+        assert f'Stopped after {done} steps' in stdout
+        assert checkpoints(folder)[0].endswith(f'checkpoint-{done}')
+    status, stdout, stderr = run(folder)
+    assert status == 0, stderr
+    assert 10 <= kills.resumed_from(stdout) < STEPS
+    assert kills.differences(folder, whole, STEPS) == []
+
+
+def test_log_and_curves_are_cut_back_to_the_checkpoint(copied, whole):
+    """As a kill leaves them: steps past the checkpoint, the last line and record cut off."""
+    for prefix in checkpoints(copied)[:2]:
+        for end in ('.index', '.data-00000-of-00001'):
+            os.remove(prefix + end)
+    with open(f'{copied}/log.jsonl', 'ab') as f:
+        f.write(b'{"step": 3')
+    events, = (f'{copied}/{name}' for name in os.listdir(copied) if name.startswith('events'))
+    os.truncate(events, os.path.getsize(events) - 5)
+    status, stdout, stderr = run(copied)
+    assert status == 0 and kills.resumed_from(stdout) == 20, stderr
+    assert kills.differences(copied, whole, STEPS) == []
+    assert [line['step'] for line in kills.log(copied)] == list(range(STEPS))
+    steps = [(tag, step) for tag, step, _ in kills.curves(copied)]
+    assert len(steps) == len(set(steps)) and {step for _, step in steps} == set(range(0, STEPS, 4))
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(copied, whole):
+    os.truncate(f'{copied}/checkpoint-30.data-00000-of-00001', 1000)
+    with open(f'{copied}/checkpoint-25.index', 'r+b') as f:
+        f.seek(40)
+        f.write(b'\xff')
+    with open(f'{copied}/checkpoint', 'wb') as f:  # the state file: not needed
+        f.write(b'\x00 nonsense')
+    process = kills.start(kills.command(copied, STEPS))
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0 and kills.resumed_from(stdout) == 20
+    for step in (30, 25):
+        assert f'{copied}/checkpoint-{step} is damaged and passed over' in stderr
+    assert kills.differences(copied, whole, STEPS) == []
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_written_over(copied):
+    for prefix in checkpoints(copied):
+        os.truncate(f'{prefix}.index', 7)
+    before = sorted(os.listdir(copied))
+    status, _, stderr = run(copied)
+    assert status == 2 and len(stderr) == 1 and 'holds checkpoints, but none' in stderr[0]
+    assert sorted(os.listdir(copied)) == before
+
+
+@pytest.mark.parametrize('end', ['index', 'data-00000-of-00001'])
+def test_cut_off_and_flipped_bytes_of_a_checkpoint_are_recognized(copied, end):
+    """A flip that is not recognized must be one that no tensor's value depends on."""
+    path = f'{checkpoints(copied)[0]}.{end}'
+    prefix, sound = checkpoints(copied)[0], kills.weights(copied, STEPS)
+    with open(path, 'rb') as f:
+        raw = f.read()
+    rng = np.random.default_rng(0)
+    assert damage(prefix) is None
+    recognized = 0
+    for place in [0, len(raw) - 1, *rng.integers(0, len(raw), 40)]:
+        spoiled = bytearray(raw)
+        spoiled[place] ^= 1 << rng.integers(8)
+        with open(path, 'wb') as f:
+            f.write(spoiled)
+        if damage(prefix):
+            recognized += 1
+        else:
+            read = kills.weights(copied, STEPS)
+            assert all(read[name].tobytes() == sound[name].tobytes() for name in sound)
+    assert recognized >= 38
+    for length in [0, 1, len(raw) // 2, len(raw) - 1, *rng.integers(0, len(raw), 10)]:
+        with open(path, 'wb') as f:
+            f.write(raw[:length])
+        assert '\n' not in damage(prefix)
+
+
+def test_evaluation_passes_over_damage_too(copied, capsys):
+    os.truncate(f'{copied}/checkpoint-30.index', 50)
+    assert find_checkpoint({'model_dir': copied}).endswith('checkpoint-25')
+    assert 'checkpoint-30 is damaged' in capsys.readouterr().err
+    with pytest.raises(UserError, match='holds no checkpoint'):
+        find_checkpoint({'model_dir': f'{copied}/nowhere'})
+    assert find_checkpoint({'model_dir': copied}, CHECKPOINT) == CHECKPOINT
+    assert damage(CHECKPOINT) is None  # the original's own
+
+
+def test_a_second_process_is_refused(copied):
+    lock = train.take_lock(f'{copied}/lock')
+    status, _, stderr = run(copied, steps=STEPS + 5)
+    assert status == 2 and len(stderr) == 1
+    assert f'process {os.getpid()} on ' in stderr[0] and copied in stderr[0]
+    lock.close()
+    status, _, stderr = run(copied, steps=STEPS + 5)
+    assert status == 0, stderr
+
+
+def test_what_differs_is_listed_all_of_it(tmp_path, small_config):
+    config = small_config(model_dir=str(tmp_path))
+    store_config(config, tmp_path / 'config.json')
+    other = {**config, 'weight_decay': 0.5, 'batch_norms': 'synchronized', 'num_output_steps': 7,
+             'num_checkpoint_steps': 9, 'max_num_training_steps': 3, 'eval_batch_size': 8}
+    with pytest.raises(UserError) as error:
+        train.check_same_run(other, tmp_path / 'config.json')
+    assert 'weight_decay (was 0.0002, is 0.5)' in str(error.value)
+    assert 'batch_norms (was per_replica, is synchronized)' in str(error.value)
+    assert not any(key in str(error.value) for key in ('_steps', 'eval'))
+
+
+def test_what_may_change_names_keys_that_there_are():
+    assert set(train.MAY_CHANGE) < set(load_config())
+
+
+@pytest.mark.parametrize('limit', [300_000, 640_000])
+def test_a_disk_that_is_full_ends_the_run_in_one_line(whole, tmp_path, limit):
+    """A limit on the size of files stands in for it: 604 kB make a checkpoint."""
+    folder = str(tmp_path / 'model')
+    if limit > 300_000:
+        shutil.copytree(whole, folder)  # it goes on, and the log cannot grow
+        with open(f'{folder}/log.jsonl', 'a') as f:
+            f.write(json.dumps({'step': 0, 'filler': ' ' * (limit - f.tell() - 30)}) + '\n')
+    before = [damage(prefix) for prefix in checkpoints(folder)]
+    status, _, stderr = run(
+        folder, steps=STEPS + 5, first=lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (limit, limit)))
+    assert status == 2 and len(stderr) == 1 and folder in stderr[0] and 'too large' in stderr[0]
+    assert [damage(prefix) for prefix in checkpoints(folder)] == before == [None] * len(before)
+    assert not any('tempstate' in name or name.endswith('.tmp') for name in os.listdir(folder))
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_in_one_line(tmp_path):
+    (tmp_path / 'file').write_text('')
+    status, _, stderr = run(str(tmp_path / 'file' / 'model'))
+    assert status == 2 and len(stderr) == 1 and 'Not a directory' in stderr[0]
+
+
+def test_a_profile_of_ten_steps_is_written(tmp_path):
+    arguments = kills.command(str(tmp_path), 12)
+    done = subprocess.run([*arguments, '--profile'], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 'Profile of steps 1 to 10' in done.stdout
+    found = [name for _, _, names in os.walk(tmp_path / 'plugins' / 'profile') for name in names]
+    assert any(name.endswith('.xplane.pb') for name in found)
+    done = subprocess.run([*arguments, '--profile'], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and '0 are left' in done.stderr
+
+
+def test_a_reader_of_the_log_sees_each_report_as_it_was_printed(whole):
+    first = kills.log(whole)[0]
+    assert {'step', 'accuracy_nat', 'loss', 'xent_clean', 'accuracy_adv', 'learning_rate'} <= set(
+        first)
+    assert first['step'] == 0 and first['learning_rate'] == pytest.approx(0.1)
+
+
+def test_damage_never_allocates_what_an_index_claims(tmp_path):
+    """An index may claim a tensor of any size; it is held against the file first."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        variable = tf.compat.v1.get_variable('large', [1000, 1000])
+        session.run(variable.initializer)
+        tf.compat.v1.train.Saver([variable]).save(session, str(tmp_path / 'checkpoint'),
+                                                  global_step=1, write_meta_graph=False)
+    os.truncate(tmp_path / 'checkpoint-1.data-00000-of-00001', 10)
+    assert damage(str(tmp_path / 'checkpoint-1')) == 'large is larger than the file that holds it'
+
