@@ -11,14 +11,15 @@ import pickletools
 
 import numpy as np
 
-from config import UserError
+from config import UserError, brief, read_bytes
 
 TRAIN_FILES = [f'data_batch_{i + 1}' for i in range(5)]
 EVAL_FILE = 'test_batch'
 META_FILE = 'batches.meta'
 ARCHIVE_FOLDER = 'cifar-10-batches-py'  # what cifar-10-python.tar.gz unpacks to
-MAX_FILE_BYTES = 2 ** 28  # a published file has 31 MB
+MAX_FILE_BYTES = 2 ** 26  # a published file has 31 MB
 MAX_OPCODES = 2 ** 18  # and some 30,000 of these
+MAX_WIDE_INTEGERS = 1000  # and none of these: beyond 16 bits
 
 
 class DataSubset:
@@ -143,11 +144,11 @@ def load_tfds(path):
                    for split in ('train', 'test')]
         names = list(builder.info.features['label'].names)
     except Exception as error:  # the package raises many kinds, with many lines
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = 'read' if here else 'download into'
-        raise UserError(f'TensorFlow Datasets cannot {what} data_path {path}: {first_line}; a '
+        raise UserError(f'TensorFlow Datasets cannot {what} data_path {path}: {brief(error)}; a '
                         f'folder with {TRAIN_FILES[0]}..5, {EVAL_FILE} and {META_FILE} would '
                         'also fit') from None
+    _check_names(path, names)
     train, test = ((subset['image'], subset['label']) for subset in subsets)
     for name, (images, labels) in (('train', train), ('test', test)):
         _check_subset(f'{path}: {name}', images, labels, names)
@@ -164,8 +165,7 @@ def load_pickles(path):
     if not (isinstance(names, list) and names and all(isinstance(n, (bytes, str)) for n in names)):
         raise UserError(f'{os.path.join(path, META_FILE)} holds no list of label_names')
     names = [n if isinstance(n, str) else n.decode('utf-8', 'replace') for n in names]
-    if len(set(names)) < len(names) or len(names) > 256 or not all(map(str.isprintable, names)):
-        raise UserError(f'{os.path.join(path, META_FILE)}: label_names are not different names')
+    _check_names(os.path.join(path, META_FILE), names)
     expected = meta.get('num_cases_per_batch')
     if expected is not None and type(expected) is not int:
         raise UserError(f'{os.path.join(path, META_FILE)}: num_cases_per_batch is not an integer')
@@ -193,6 +193,12 @@ def _load_datafile(filename, names, expected=None):
     labels = np.array(labels, np.int64)
     _check_subset(filename, images, labels, names)
     return np.ascontiguousarray(images), labels
+
+
+def _check_names(where, names):
+    if (len(set(names)) < len(names) or len(names) > 256
+            or any(len(name) > 100 or not name.isprintable() for name in names)):
+        raise UserError(f'{where}: label_names are not different names')
 
 
 def _check_subset(where, images, labels, names):
@@ -224,7 +230,7 @@ class _Array:
                 raise ValueError('an impossible shape')
             return array.reshape(shape, order='F' if fortran_order else 'C')
         except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f'{filename}: data is not a uint8 array ({error})') from None
+            raise UserError(f'{filename}: data is not a uint8 array ({brief(error)})') from None
 
 
 class _Dtype:
@@ -273,6 +279,7 @@ _OPCODES = set('''PROTO FRAME STOP MARK EMPTY_DICT DICT SETITEM SETITEMS EMPTY_L
     LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE
     BINUNICODE SHORT_BINUNICODE BINUNICODE8 GLOBAL STACK_GLOBAL REDUCE BUILD PUT BINPUT LONG_BINPUT
     MEMOIZE GET BINGET LONG_BINGET'''.split())
+_INTEGERS = ('INT', 'BININT', 'LONG', 'LONG1', 'LONG4')  # the others have 16 bits or fewer
 _UNCOVERING = ('APPEND', 'APPENDS', 'SETITEM', 'SETITEMS', 'BUILD')  # show what lay under values
 
 
@@ -280,20 +287,15 @@ def _read_pickle(filename):
     """Returns the dict in a pickle, its keys as text, without running or allocating what it asks.
 
     The opcodes are looked over before the unpickler sees them: a memo index beyond all reason makes
-    it allocate gigabytes, as do many calls with one tuple of arguments. Tuples that hold one tuple
-    many times over, and large integers that share one hash, take for ever as keys: so no tuple
-    comes from the memo, and no integer is large.
+    it allocate gigabytes, as do many calls with one tuple of arguments, or with one long text.
+    Tuples that hold one tuple many times over, and integers that share a hash, or a way through a
+    dict's table, take long or for ever as keys: so neither tuples nor long texts come from the
+    memo, no integer is large, and few are wide.
     """
+    raw = read_bytes(filename, MAX_FILE_BYTES)
     try:
-        if os.path.getsize(filename) > MAX_FILE_BYTES:
-            raise UserError(f'{filename} is larger than any file of CIFAR-10')
-        with open(filename, 'rb') as f:
-            raw = f.read()
-    except OSError as error:
-        raise UserError(f'{filename} cannot be read: {error.strerror}') from None
-    try:
-        num_opcodes = num_tuples = 0
-        memo, maybe_tuple = {}, False  # whether a memo's item, and the stack's top, may be a tuple
+        num_opcodes = num_tuples = num_wide = 0
+        memo, once = {}, False  # whether a memo's item, and the stack's top, may be used only once
         for opcode, argument, _ in pickletools.genops(raw):
             name = opcode.name
             num_opcodes += 1
@@ -304,19 +306,23 @@ def _read_pickle(filename):
                 index = len(memo) if name == 'MEMOIZE' else argument
                 if index > num_opcodes:
                     raise pickle.UnpicklingError(f'memo index {index}')
-                memo[index] = maybe_tuple
+                memo[index] = once
             elif name in ('GET', 'BINGET', 'LONG_BINGET') and memo.get(argument):
-                raise pickle.UnpicklingError('a tuple from the memo')
+                raise pickle.UnpicklingError('a tuple or a long text from the memo')
             elif name not in ('PROTO', 'FRAME'):
-                maybe_tuple = 'TUPLE' in name or name in _UNCOVERING
+                once = ('TUPLE' in name or name in _UNCOVERING
+                        or (type(argument) is str and len(argument) > 2 ** 16))
             if type(argument) is int and abs(argument) >= 2 ** 60:
                 raise pickle.UnpicklingError('an integer beyond all reason')
+            num_wide += name in _INTEGERS and abs(argument) >= 2 ** 16
+            if num_wide > MAX_WIDE_INTEGERS:
+                raise pickle.UnpicklingError('too many integers beyond 16 bits')
             if num_tuples > 16 or num_opcodes > MAX_OPCODES:
                 raise pickle.UnpicklingError('too many tuples or values')
         value = _Unpickler(io.BytesIO(raw), encoding='bytes').load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise UserError(f'{filename} is not a CIFAR-10 pickle, or is damaged: {reason}') from None
+        raise UserError(
+            f'{filename} is not a CIFAR-10 pickle, or is damaged: {brief(error)}') from None
     if not isinstance(value, dict):
         raise UserError(f'{filename} is not a CIFAR-10 pickle: it holds no dict')
     return {k.decode('latin1') if isinstance(k, bytes) else k: v for k, v in value.items()}

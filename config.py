@@ -6,7 +6,9 @@ A configuration is a plain dict, as in the original. FIELDS below says what each
 import json
 import os
 import signal
+import stat
 import sys
+import unicodedata
 
 from absl import app, flags, logging
 
@@ -18,6 +20,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # a quiet start
 
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 MAX_INTEGER = 2 ** 31 - 1
+MAX_JSON_BYTES = 2 ** 22  # of a JSON file; config.json has 1,500
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 ADVERSARIES = ('pgd', 'trades')
 DISTRIBUTIONS = ('none', 'mirrored', 'multi_worker')
@@ -74,8 +77,13 @@ def run(main, names=None):
 
 
 def _text(value):
+    # no path holds control characters, halves of characters and line breaks, which would not print
     return (isinstance(value, str) and value.strip() != ''
-            and not any(c < ' ' or '\ud800' <= c <= '\udfff' for c in value))  # no path holds these
+            and not any(unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') for c in value))
+
+
+def _npy_path(value):  # pgd_attack.py writes there: a stranger's file shall not lead to any other
+    return _text(value) and value.endswith('.npy')
 
 
 def _boolean(value):
@@ -148,7 +156,7 @@ FIELDS = {
     'step_size': _number(0, 255),
     'random_start': (_boolean, 'true or false'),
     'loss_func': _choice('xent', 'cw'),
-    'store_adv_path': (_text, 'the path of a .npy file'),
+    'store_adv_path': (_npy_path, 'the path of a .npy file'),
     'training_mode': _choice(*TRAINING_MODES),
     'adversary': _choice(*ADVERSARIES),
     'trades_beta': _number(0),
@@ -186,24 +194,56 @@ def _pairs(pairs):
     result = {}
     for key, value in pairs:
         if key in result:
-            raise UserError(f'the key {key!r} is given twice')
+            raise UserError(f'the key {key[:200]!r} is given twice')
         if key != '_comment':
             result[key] = value
     return result
 
 
+def brief(error):
+    """Returns what an error says as one printable line: it may quote a stranger's file."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return ''.join(c if c.isprintable() else '?' for c in text)
+
+
+def check_plain(path, most=None):
+    """Raises UserError unless path is a plain file, of `most` bytes or fewer.
+
+    To be called before a file is opened: a pipe would block for ever, a device may never end.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
+    if stat.S_ISDIR(status.st_mode):
+        raise UserError(f'{path} cannot be read: Is a directory')
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f'{path} cannot be read: it is no plain file')
+    if most is not None and status.st_size > most:
+        raise UserError(f'{path} has {status.st_size:,} bytes; {most:,} at most would fit')
+
+
+def read_bytes(path, most):
+    """Returns the contents of a plain file of `most` bytes or fewer. Raises UserError."""
+    check_plain(path, most)
+    try:
+        with open(path, 'rb') as f:
+            return f.read(os.fstat(f.fileno()).st_size)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
+
+
 def read_json(path):
     """Returns the dict in a JSON file. Raises UserError, with one line, when there is none."""
+    raw = read_bytes(path, MAX_JSON_BYTES)
     try:
-        with open(path, encoding='utf-8') as f:
-            value = json.load(f, object_pairs_hook=_pairs)
+        value = json.loads(raw.decode('utf-8'), object_pairs_hook=_pairs)
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f'{path} cannot be read: '
-                        f'{getattr(error, "strerror", None) or type(error).__name__}') from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f'{path} cannot be read: {type(error).__name__}') from None
     except ValueError as error:
-        raise UserError(f'{path} is not JSON: {error}') from None
+        raise UserError(f'{path} is not JSON: {brief(error)}') from None
     if not isinstance(value, dict):
         raise UserError(f'{path} holds {type(value).__name__}; an object of keys would fit')
     return value
@@ -213,9 +253,9 @@ def parse_setting(setting):
     """Returns (key, value) of 'key=value'; the value is JSON, or text where the key wants text."""
     key, equals, text = setting.partition('=')
     if not equals:
-        raise UserError(f'--set {setting!r}: key=value would fit')
+        raise UserError(f'--set {setting[:200]!r}: key=value would fit')
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_pairs)
     except (ValueError, RecursionError):
         return key, text
     wants_text = key in FIELDS and FIELDS[key][0](text) and not FIELDS[key][0](value)
@@ -226,7 +266,7 @@ def check_config(config):
     """Raises UserError unless every key is known, present and holds a value that can work."""
     for key, value in config.items():
         if key not in FIELDS:
-            raise UserError(f'unknown key {key!r}; the keys are {", ".join(FIELDS)}')
+            raise UserError(f'unknown key {key[:200]!r}; the keys are {", ".join(FIELDS)}')
         check, fits = FIELDS[key]
         if not check(value):
             raise UserError(f'{key} is {_shown(value)}; {fits} would fit')

@@ -10,6 +10,7 @@ original's fetch_model.py; the SHA-256 digest of secret.zip is from its README.
 """
 import hashlib
 import http.client
+import io
 import itertools
 import os
 import re
@@ -26,7 +27,7 @@ import zipfile
 from absl import flags
 from tqdm import tqdm
 
-from config import UserError, read_json, run, store_config
+from config import UserError, brief, check_plain, read_json, run, store_config
 
 # name: (address, SHA-256 of the archive or None where it was not published)
 MODELS = {
@@ -37,6 +38,9 @@ MODELS = {
 }
 MAX_BYTES = 4 * 2 ** 30  # of an archive, packed or not; w32-10 and its velocities take a tenth
 MAX_ENTRIES = 10000      # files and folders in it
+MAX_DEPTH = 10           # of folders in folders
+MAX_NAME = 200           # bytes of a file's or folder's name
+MAX_TABLE = 2 * 2 ** 20  # bytes of the table of entries, which zipfile makes ten times as large
 CHUNK = 2 ** 20
 TIMEOUT = 30             # seconds without a byte
 WAITS = (1, 2, 4)        # seconds before each try to go on, counted anew after new bytes
@@ -66,8 +70,7 @@ def check_url(url, schemes=('http', 'https')):
 
 def _reason(error):
     reason = getattr(error, 'reason', error)
-    text = getattr(reason, 'strerror', None) or str(reason) or type(error).__name__
-    return text.splitlines()[0]
+    return brief(getattr(reason, 'strerror', None) or str(reason) or type(error).__name__)
 
 
 def _ask(url, start, validator):
@@ -126,8 +129,8 @@ def _take(response, part, note, have, state):
         if len(head) < min(4, total or 0):
             raise _Cut('the connection was cut')
         if not head.startswith(b'PK'):
-            raise UserError(f'{url} sends no zip archive but {headers.get_content_type()} that '
-                            f'begins with {head[:9]!r}: a dead link? {ELSEWHERE}')
+            raise UserError(f'{url} sends no zip archive but {brief(headers.get_content_type())} '
+                            f'that begins with {head[:9]!r}: a dead link? {ELSEWHERE}')
         chunks = itertools.chain([head], chunks)
     else:
         raise UserError(f'{url}: the server answers {response.status}; {ELSEWHERE}')
@@ -153,6 +156,13 @@ def _take(response, part, note, have, state):
             bar.update(len(chunk))
 
 
+def _is_note(state, url):
+    """Returns whether a note holds what _take writes, about this address."""
+    total, validator = state.get('total', ''), state.get('validator', 0)
+    return (state.get('url') == url and (total is None or type(total) is int and total >= 0)
+            and (validator is None or isinstance(validator, str)))
+
+
 def download(url, path, checked):
     """Downloads url to path by way of path.part, which an interrupted download leaves behind.
 
@@ -166,7 +176,7 @@ def download(url, path, checked):
     cut, most, failures, answered = None, 0, 0, False
     while True:
         state = read_json(note) if os.path.exists(note) else {}
-        if state.get('url') != url or not os.path.exists(part):
+        if not _is_note(state, url) or not os.path.exists(part):
             state = {'url': url, 'validator': None, 'total': 0}
         size, total = os.path.getsize(part) if state['total'] != 0 else 0, state['total']
         # a server that names no size may end by hanging up; the archive's end tells it from a cut
@@ -209,9 +219,13 @@ def check_entries(entries):
     for entry in entries:
         name = entry.orig_filename  # zipfile's other one ends at the first NUL
         path, kind = name.removesuffix('/'), stat.S_IFMT(entry.external_attr >> 16)
+        parts = path.split('/')
         faults = {
-            'could lead elsewhere': (any(c in '\\:' or c < ' ' for c in name)
-                                     or any(p.strip('. ') == '' for p in path.split('/'))),
+            'could lead elsewhere': (any(c in '\\:' or not c.isprintable() for c in name)
+                                     or any(p.strip('. ') == '' for p in parts)
+                                     or entry.filename != name),
+            'is too long a name': (len(parts) > MAX_DEPTH
+                                   or any(len(p.encode()) > MAX_NAME for p in parts)),
             'is no plain file or folder':
                 kind not in (0, stat.S_IFREG if path == name else stat.S_IFDIR),
             'is packed by neither of deflate and store':  # others unpack without bounds on memory
@@ -219,6 +233,15 @@ def check_entries(entries):
         for fault, found in faults.items():
             if found:
                 raise UserError(f'holds {name[:200]!r}, which {fault}')
+
+
+class _Archive(io.BufferedReader):
+    """A file that zipfile cannot read a table of millions of entries from, all at once."""
+
+    def read(self, size=-1):
+        if size is not None and size > MAX_TABLE:
+            raise zipfile.BadZipFile(f'a table of {size:,} bytes')
+        return super().read(size)
 
 
 def _contents(archive, entry):
@@ -239,11 +262,13 @@ def unpack(path, folder):
         UserError: the archive is damaged, unsafe, too large or holds no checkpoint.
     """
     temporary, written = f'{folder}.unpacking', 0
+    f = _Archive(io.FileIO(path))
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(f)
     except Exception as error:  # likewise
+        f.close()
         raise UserError(f'is damaged: {_reason(error)}') from None
-    with archive:
+    with f, archive:
         check_entries(archive.infolist())
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         os.mkdir(temporary)
@@ -286,6 +311,8 @@ def main(words):
             if os.path.islink(folder + end):
                 raise UserError(f'{folder}{end} is a link, which nothing is written through; '
                                 'remove it, or name another --models_dir')
+            if '.zip' in end and os.path.lexists(folder + end):
+                check_plain(folder + end, MAX_BYTES)
         if os.path.lexists(folder):
             raise UserError(f'{folder} is there and holds no checkpoint; move it away, or name '
                             'another --models_dir')

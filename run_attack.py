@@ -5,11 +5,12 @@
 Refuses a file that is not what it must be, prints the accuracy and saves the predicted labels to
 pred.npy. .npy files are never unpickled, and nothing is allocated by what their header claims.
 """
+import warnings
 
 from absl import flags
 import numpy as np
 
-from config import UserError, config_from_flags, define_model_flags, run
+from config import UserError, brief, check_plain, config_from_flags, define_model_flags, run
 import tensorflow as tf
 
 from attacks import perturbation_fault
@@ -18,6 +19,27 @@ from eval import choice, wilson_interval
 from files import replacing
 from model import build_model, find_checkpoint
 from shaping import INFERENCE_MODES, make_inference
+
+
+MAX_HEADER = 10000  # bytes of a .npy file's header; NumPy's own limit, and its files have 128
+
+
+def _map_array(path):
+    """Returns the array in a .npy file, mapped into memory."""
+    check_plain(path)  # of any size: what is mapped is not read
+    try:
+        with open(path, 'rb') as f:
+            head = f.read(12)
+        # NumPy makes room for all that the header claims, 4 GB, before it looks at its own limit
+        if head[6:7] > b'\1' and int.from_bytes(head[8:], 'little') > MAX_HEADER:
+            raise ValueError('its header is too long')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a header that is odd Python: lines of them
+            return np.lib.format.open_memmap(path, mode='r')
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror or brief(error)}') from None
+    except Exception as error:  # a damaged header raises nearly anything
+        raise UserError(f'{path} is not a .npy file of numbers: {brief(error)}') from None
 
 
 def load_examples(path, x_nat, epsilon):
@@ -29,15 +51,9 @@ def load_examples(path, x_nat, epsilon):
     Raises:
         UserError: the file cannot be read, or the shape, type, range or perturbation is wrong.
     """
-    try:
-        x_adv = np.lib.format.open_memmap(path, mode='r')
-    except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror or error}') from None
-    except Exception as error:  # a damaged header raises nearly anything
-        raise UserError(f'{path} is not a .npy file of numbers: '
-                        f'{str(error).splitlines()[0]}') from None
+    x_adv = _map_array(path)
     if x_adv.dtype not in (np.uint8, np.float32, np.float64):
-        raise UserError(f'{path} holds {x_adv.dtype}; float32, float64 or uint8 would fit')
+        raise UserError(f'{path} holds {brief(x_adv.dtype)}; float32, float64 or uint8 would fit')
     if x_adv.shape != x_nat.shape:
         raise UserError(f'{path} has shape {list(x_adv.shape)}; {list(x_nat.shape)} would fit '
                         '(num_eval_examples images)')

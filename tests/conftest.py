@@ -1,7 +1,11 @@
 """What the tests share. tests/data holds numbers that the original computed, slimmed from a run of
 MadryLab's code (width 1) on 32 images of CIFAR-10; the 8 training steps of that run need more room
 and are read from ../shared/reference where it lies beside the repository.
+
+FUZZ_FACTOR=N in the environment makes every test with random inputs try N times as many.
 """
+import collections
+import functools
 import os
 import sys
 
@@ -11,6 +15,7 @@ os.environ['KERAS_BACKEND'] = 'tensorflow'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # the figures here are a CPU's
 
+from hypothesis import given, settings  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -21,6 +26,27 @@ from model import Model  # noqa: E402
 
 DATA = os.path.join(ROOT, 'tests', 'data')
 CHECKPOINT = os.path.join(DATA, 'madry_w1-250')
+FUZZ_FACTOR = int(os.environ.get('FUZZ_FACTOR', '1'))
+FUZZED = collections.Counter()  # test: how many inputs it was given
+
+
+def fuzz(inputs, **strategies):
+    """Makes a test try `inputs` random inputs, times FUZZ_FACTOR, and counts them."""
+    def decorate(test):
+        @functools.wraps(test)
+        def counted(*args, **kwargs):
+            FUZZED[test.__name__] += 1
+            test(*args, **kwargs)
+        return settings(max_examples=inputs * FUZZ_FACTOR, deadline=None)(
+            given(**strategies)(counted))
+    return decorate
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FUZZED:
+        terminalreporter.section(f'fuzzed: {sum(FUZZED.values()):,} inputs')
+        for name, number in FUZZED.items():
+            terminalreporter.write_line(f'{number:9,} {name}')
 
 
 @pytest.fixture(scope='session')

@@ -8,13 +8,14 @@ import struct
 import time
 import tracemalloc
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
 import cifar10_input
 from cifar10_input import DataSubset, eval_examples, load_data, load_pickles, make_synthetic
 from config import UserError
+from conftest import fuzz
 
 NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 TRAIN_FILES = [f'data_batch_{i}' for i in range(1, 6)]
@@ -507,6 +508,10 @@ BOMBS = {
         + b'U\x01kh\x01U\x01xh\x40\x86R',
     'a million values': b'U\x01k](' + b'N' * 2 ** 20 + b'e',
     'a million marks': b'U\x01k' + b'(' * 2 ** 20,
+    'integers that could share a way through a dict': b'U\x01k}(' + b''.join(
+        b'J' + struct.pack('<i', 2 ** 16 + i) + b'N' for i in range(2000)) + b'u',
+    'one long text encoded over and over': ENCODE + b'U\x01k](' + b'h\x01h\x02h\x03\x86R' * 9
+        + b'e',
     'lists in lists': b'U\x01k' + b']' * 10 ** 5 + b'a' * (10 ** 5 - 1),
     'an array in arrays': b'U\x01k' + b'cnumpy.core.multiarray\n_reconstruct\n)R' * 9 + b'b' * 8,
     'a list that holds itself': b'U\x01k]' + PUT + GET + b'a',
@@ -576,10 +581,9 @@ FRAGMENTS = [b'\x80\x02', b'}', b']', b'(', b')', b'N', b'K\x01', b'J\xff\xff\xf
              b'0', b'.']
 
 
-@settings(max_examples=300, deadline=None)
-@given(raw=st.binary(max_size=200)
-       | st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(lambda f: b''.join(f) + b'.'),
-       name=st.sampled_from(['batches.meta', 'data_batch_1', 'test_batch']))
+@fuzz(300, raw=st.binary(max_size=200)
+      | st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(lambda f: b''.join(f) + b'.'),
+      name=st.sampled_from(['batches.meta', 'data_batch_1', 'test_batch']))
 def test_random_bytes_are_refused_in_one_line(small_folder, raw, name):
     folder, files = small_folder
     write(folder, name, raw)
@@ -589,8 +593,7 @@ def test_random_bytes_are_refused_in_one_line(small_folder, raw, name):
         write(folder, name, files[name])
 
 
-@settings(max_examples=400, deadline=None)
-@given(data=st.data(), name=st.sampled_from(['batches.meta', 'data_batch_1', 'test_batch']))
+@fuzz(400, data=st.data(), name=st.sampled_from(['batches.meta', 'data_batch_1', 'test_batch']))
 def test_flipped_bytes_are_refused_in_one_line_or_leave_a_sound_data_set(small_folder, data, name):
     """The bytes around the pixels are drawn as often as the pixels themselves."""
     folder, files = small_folder
@@ -705,6 +708,21 @@ def test_data_set_that_cannot_be_downloaded_is_told_in_one_line(offline, tmp_pat
 def test_interrupted_download_is_begun_again(offline, tmp_path):
     os.makedirs(tmp_path / 'cifar10' / 'incomplete.ABCDEF_3.0.2')
     tfds_refusal(str(tmp_path), 'download into')
+
+
+@pytest.mark.parametrize('name', ['\x1b[2Jcat', 'dog', 'c' * 101])
+def test_label_names_of_a_tfds_directory_that_would_not_print_are_refused(
+        prepared, offline, tmp_path, name):
+    folder = str(tmp_path / 'named')
+    shutil.copytree(prepared, folder)
+    path = os.path.join(folder, 'cifar10', '3.0.2', 'label.labels.txt')
+    with open(path, encoding='utf-8') as f:
+        text = f.read()
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write(text.replace('cat', name))
+    with pytest.raises(UserError) as caught:
+        load_data(config(folder))
+    assert str(caught.value) == f'{folder}: label_names are not different names'
 
 
 def test_tfds_that_raises_at_once_is_told_in_one_line(tfds, monkeypatch, tmp_path):

@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import strategies as st
 import pytest
 
 from config import FIELDS, UserError, load_config, parse_setting, read_json, store_config
+from conftest import fuzz
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = os.path.join(ROOT, 'configs')
@@ -371,21 +372,18 @@ def accepted_or_refused_in_one_line(*args, **kwargs):
         json.dumps(config, allow_nan=False)
 
 
-@settings(max_examples=300, deadline=None)
-@given(values=st.dictionaries(KEYS, JSON_VALUES, max_size=4))
+@fuzz(300, values=st.dictionaries(KEYS, JSON_VALUES, max_size=4))
 def test_a_file_of_any_json_is_accepted_or_refused_in_one_line(tmp_path_factory, values):
     path = write(tmp_path_factory.getbasetemp(), json.dumps(values), 'any.json')
     accepted_or_refused_in_one_line(path)
 
 
-@settings(max_examples=300, deadline=None)
-@given(key=KEYS, value=JSON_VALUES.map(json.dumps) | st.text(st.characters()))
+@fuzz(300, key=KEYS, value=JSON_VALUES.map(json.dumps) | st.text(st.characters()))
 def test_any_setting_is_accepted_or_refused_in_one_line(key, value):
     accepted_or_refused_in_one_line(settings=[f'{key}={value}'])
 
 
-@settings(deadline=None)
-@given(key=st.sampled_from(sorted(FIELDS)), value=JSON_VALUES.filter(lambda v: v == v))
+@fuzz(100, key=st.sampled_from(sorted(FIELDS)), value=JSON_VALUES.filter(lambda v: v == v))
 def test_a_setting_means_what_the_same_json_in_a_file_means(key, value):
     """...unless the key wants text, and the JSON is not the text it wants."""
     parsed = parse_setting(f'{key}={json.dumps(value)}')
