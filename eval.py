@@ -135,6 +135,18 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None):
     return results, right, in_ball
 
 
+def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1):
+    """Returns {attack: path in folder} of where `evaluate` is to keep its finished batches.
+
+    Args:
+        checkpoint: its prefix. of_data: unfinished.data_digest of the data.
+        config, attacks, modes, num_draws: as `evaluate` will get them.
+    """
+    of_all = [checkpoint_digest(checkpoint), of_data, list(modes), num_draws]
+    return {name: path_of(folder, name, [*of_all, name, num_examples(name, config),
+                                         relevant(config, name)]) for name in attacks}
+
+
 def worst_cases(right, in_ball, config):
     """Returns the results of the worst cases, none where there is a single attack.
 
@@ -268,10 +280,8 @@ def main():
     def evaluate_checkpoint(checkpoint):
         step = model.load_madry_checkpoint(checkpoint)
         print(f'Checkpoint {checkpoint}, step {step}   ({datetime.now()})', flush=True)
-        of_all = [checkpoint_digest(checkpoint), of_data, modes, num_draws]
-        kept = {name: path_of(os.path.join(eval_dir, 'unfinished'), name,
-                              [*of_all, name, num_examples(name, config), relevant(config, name)])
-                for name in attacks}
+        kept = kept_files(os.path.join(eval_dir, 'unfinished'), checkpoint, of_data, config,
+                          attacks, modes, num_draws)
         results = evaluate(model, data, config, attacks, modes, num_draws, kept)
         print_table(results, modes)
         path = os.path.join(eval_dir, 'results.json')
