@@ -145,6 +145,14 @@ def test_a_folder_that_is_removed_in_the_meantime_stops_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_second_program_at_the_same_work_stops_nothing(tmp_path, monkeypatch):
+    """It may move the file that both write into its place just before the first one does."""
+    path, replace = str(tmp_path / 'a.part'), os.replace
+    monkeypatch.setattr(os, 'replace', lambda a, b: replace(a, b) or replace(a, b))
+    assert filled(path, stop=8)[2] == [0, 4]
+    assert filled(path)[2] == [8]
+
+
 def test_other_weights_settings_images_or_code_are_other_files(
         small_model, small_config, data, tmp_path, monkeypatch):
     """And what does not change a figure does not."""
@@ -236,7 +244,8 @@ def test_a_cell_that_was_stopped_goes_on_and_leaves_nothing_else(
     assert os.listdir(tmp_path / 'stopped') == ['unfinished']
     again = cell('stopped')
     assert began == [0, 20, 20, 40]
-    assert os.listdir(tmp_path / 'stopped') == os.listdir(tmp_path / 'whole')  # one cell each
+    names = os.listdir(tmp_path / 'stopped')
+    assert names == os.listdir(tmp_path / 'whole') and len(names) == 1  # the cell, no more
     assert without_seconds(again.pop('results')) == without_seconds(whole.pop('results'))
     assert again == whole
 
