@@ -31,6 +31,11 @@ flags.DEFINE_string('config', None, 'Configuration file; its keys override those
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')
 
 
+# Exit status of a training that a signal stopped and that the same command goes on with: the
+# EX_TEMPFAIL of sysexits.h
+STOPPED = 75
+
+
 class UserError(ValueError):
     """A mistake of the user's, told in one line: what is wrong and what would fit."""
 

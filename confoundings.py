@@ -9,20 +9,16 @@ import tensorflow as tf
 
 from pgd_attack import LinfPGDAttack
 from shaping import tail_mask
+from unfinished import batches
 
 
-def batches(data, config):
-    """Yields (number, images, labels) of the first num_eval_examples training images, by batches.
-
-    What does not fill a last batch is left out.
-    """
+def num_measured(data, config):
+    """Returns how many training images are measured: num_eval_examples, in whole batches."""
     m = config['training_batch_size']
-    for number in range(min(config['num_eval_examples'], data.train_data.n) // m):
-        chosen = slice(number * m, (number + 1) * m)
-        yield (number, data.train_data.xs[chosen].astype(np.float32), data.train_data.ys[chosen])
+    return min(config['num_eval_examples'], data.train_data.n) // m * m
 
 
-def logit_errors(model, data, config):
+def logit_errors(model, data, config, kept=None):
     """Returns the logit errors of FGSM examples under clean and under adversarial batch norms.
 
     Section IV, confounding II (63%). The examples are one step of PGD, step_size long, without a
@@ -30,6 +26,10 @@ def logit_errors(model, data, config):
     difference of the logits between an example and its clean version.
 
     What the paper leaves open is what the clean version is normalized by, so both are computed.
+
+    Args:
+        kept: path of a file for this experiment alone, in which finished batches are kept; its name
+            must say what the figures depend on (unfinished.path_of). None: nothing is kept.
 
     Returns:
         dict of arrays [n]: 'clean norms', and the same under the norms of the adversarial batch:
@@ -47,24 +47,31 @@ def logit_errors(model, data, config):
     def error(a, b):
         return tf.reduce_mean(tf.abs(a - b), axis=1).numpy()
 
-    errors = {'clean norms': [], 'adversarial norms': [], 'adversarial norms, clean logits': []}
-    for _, x, y in batches(data, config):
+    n, subset = num_measured(data, config), data.train_data
+    errors = {name: np.zeros(n, np.float32) for name in (
+        'clean norms', 'adversarial norms', 'adversarial norms, clean logits')}
+    for start, end in batches(kept, [*errors.values()], n, config['training_batch_size'],
+                              'logit_errors'):
+        x, y = subset.xs[start:end].astype(np.float32), subset.ys[start:end]
         x_adv = fgsm.perturb(x, y, 0)
         clean, adv_by_clean = by_norms_of(x, x_adv)
         adv, clean_by_adv = by_norms_of(x_adv, x)
-        errors['clean norms'].append(error(adv_by_clean, clean))
-        errors['adversarial norms'].append(error(adv, clean_by_adv))
-        errors['adversarial norms, clean logits'].append(error(adv, clean))
-    return {name: np.concatenate(values) for name, values in errors.items()}
+        errors['clean norms'][start:end] = error(adv_by_clean, clean)
+        errors['adversarial norms'][start:end] = error(adv, clean_by_adv)
+        errors['adversarial norms, clean logits'][start:end] = error(adv, clean)
+    return errors
 
 
-def perturbation_sizes(model, data, config):
+def perturbation_sizes(model, data, config, kept=None):
     """Returns the mean absolute perturbations, in pixels, that PGD makes by three kinds of norms.
 
     PGD as configured. 'pn' and 'bn': of all samples of a batch, by population norms and by batch
     norms (section IV, confounding III: 17% more by population norms). 'shaping': by batch norms,
     the tail alone attacked beside the clean head (section V: 41% more than by 'bn'); each share of
     a batch is the tail once, in another order of the batch, so that all samples are attacked.
+
+    Args:
+        kept: as in logit_errors.
 
     Returns:
         dict of arrays [n].
@@ -75,18 +82,20 @@ def perturbation_sizes(model, data, config):
                              update_population_norms=False)
 
     by_bn, by_pn = attack(True), attack(False)
-    tail = tail_mask(config['training_batch_size'], config['shaping_ratio'])
-    sizes = {'pn': [], 'bn': [], 'shaping': []}
-    for number, x, y in batches(data, config):
-        seed = (config['np_random_seed'], number)
+    m, n, subset = config['training_batch_size'], num_measured(data, config), data.train_data
+    tail = tail_mask(m, config['shaping_ratio'])
+    sizes = {name: np.zeros(n, np.float32) for name in ('pn', 'bn', 'shaping')}
+    for start, end in batches(kept, [*sizes.values()], n, m, 'perturbation_sizes'):
+        x, y = subset.xs[start:end].astype(np.float32), subset.ys[start:end]
+        seed = (config['np_random_seed'], start // m)
         shaped = np.empty_like(x)
         for share in range(config['shaping_ratio'] + 1):
             order = np.roll(np.arange(len(x)), share * tail.sum())
             shaped[order[tail]] = by_bn.perturb(x[order], y[order], seed, tail).numpy()[tail]
         for name, x_adv in (('pn', by_pn.perturb(x, y, seed)), ('bn', by_bn.perturb(x, y, seed)),
                             ('shaping', shaped)):
-            sizes[name].append(np.abs(np.asarray(x_adv) - x).mean(axis=(1, 2, 3)))
-    return {name: np.concatenate(values) for name, values in sizes.items()}
+            sizes[name][start:end] = np.abs(np.asarray(x_adv) - x).mean(axis=(1, 2, 3))
+    return sizes
 
 
 def excess(a, b, num_resamples=2000, seed=0):

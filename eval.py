@@ -7,12 +7,13 @@
     python eval.py --watch                              # each new checkpoint as it comes
 
 Prints a table and writes MODEL_DIR/eval/results.json, which holds this run's figures alone, and
-TensorBoard summaries beside it.
+TensorBoard summaries beside it. Stopped and started again with the same command, it goes on after
+the last batch that was finished; until results.json is written, such batches are kept in
+MODEL_DIR/eval/unfinished, which may be removed at any time.
 """
 from datetime import datetime
 import json
 import os
-import sys
 import time
 from timeit import default_timer as timer
 
@@ -21,13 +22,13 @@ import numpy as np
 
 from config import ATTACKS, UserError, config_from_flags, define_model_flags, run
 import tensorflow as tf
-from tqdm import tqdm
 
 from attacks import MINIMUM_NORM, make_attack, num_examples, perturbation_fault
 from cifar10_input import eval_examples, load_data
 from files import replacing
 from model import build_model, find_checkpoint
 from shaping import INFERENCE_MODES, make_inference, queries_of
+from unfinished import batches, checkpoint_digest, data_digest, path_of, relevant, remove
 
 WORST_CASE = 'worst case'
 WORST_IN_BALL = 'worst in ball'
@@ -41,13 +42,13 @@ def wilson_interval(num_correct, n, z=1.959964):
     return max(0., centre - half), min(1., centre + half)
 
 
-def evaluate(model, data, config, attacks, modes, num_draws=1):
+def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None):
     """Returns a list of results, one for each attack and inference mode, then the worst cases.
 
     Args:
         model: a model.Model. data: a CIFAR10Data. config: the configuration.
         attacks, modes: names in ATTACKS and INFERENCE_MODES.
-        num_draws: see evaluate_attack.
+        num_draws: see evaluate_attack. kept: {attack: path of a file} for evaluate_attack, or None.
 
     Raises:
         RuntimeError: an adversarial batch left its ball or [0, 255]: a defect, nothing is counted.
@@ -56,8 +57,8 @@ def evaluate(model, data, config, attacks, modes, num_draws=1):
     made = {name: make_attack(name, model, data, config, num_draws) for name in attacks}
     results, right, in_ball = [], {}, {}
     for name, attack in made.items():
-        of_attack, right[name], in_ball[name] = evaluate_attack(name, attack, data, config, judges,
-                                                                num_draws)
+        of_attack, right[name], in_ball[name] = evaluate_attack(
+            name, attack, data, config, judges, num_draws, kept and kept[name])
         results += of_attack
     return results + worst_cases(right, in_ball, config)
 
@@ -79,7 +80,7 @@ def make_judges(model, data, config, modes, ratios=None):
     return judges
 
 
-def evaluate_attack(name, attack, data, config, judges, num_draws=1):
+def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None):
     """Makes one attack's examples, once, and has each judge classify them.
 
     Every batch is verified to lie in its ball and in [0, 255] before it is counted. The clean
@@ -91,6 +92,9 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1):
         judges: as make_judges returns them.
         num_draws: under how many independent draws of clean samples bn_shaping classifies each
             example. Its accuracy is then the mean over the draws.
+        kept: path of a file for this attack alone, in which each batch that is finished is kept; if
+            it is there, the attack goes on after the last one. The file's name must say what the
+            results depend on (unfinished.path_of). None: nothing is kept.
 
     Returns:
         (a list of results, one a judge; {judge: bool [draws, n], which were right}; bool [n], which
@@ -101,10 +105,10 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1):
     perturb, settings = attack
     queries = {judge: num_draws if judge[0] == 'bn_shaping' else 1 for judge in judges}
     right = {judge: np.zeros([draws, n], bool) for judge, draws in queries.items()}
-    xent, in_ball, l2, seconds = dict.fromkeys(judges, 0.), np.zeros(n, bool), np.zeros(n), 0.
-    for start in tqdm(range(0, n, batch_size), desc=name, unit='batch', leave=False,
-                      disable=not sys.stderr.isatty()):
-        end = min(start + batch_size, n)
+    xent, in_ball, l2 = {judge: np.zeros([]) for judge in judges}, np.zeros(n, bool), np.zeros(n)
+    seconds = np.zeros([])
+    found = [*right.values(), *xent.values(), in_ball, l2, seconds]
+    for start, end in batches(kept, found, n, batch_size, name):
         x_nat, y = images[start:end].astype(np.float32), labels[start:end]
         begin = timer()
         x_adv = np.asarray(perturb(start, end), np.float32)
@@ -121,14 +125,26 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1):
                 right[judge][draw, start:end] = np.argmax(logits, 1) == y
                 xent[judge] += float(tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(
                     y, logits))) / (queries[judge] * n)
-    settings = {**settings, 'seconds': round(seconds, 3)}
+    settings = {**settings, 'seconds': round(float(seconds), 3)}
     if name in MINIMUM_NORM:
         fooled = l2[l2 > 0]
         settings |= {'num_fooled': len(fooled),
                      'median_l2': float(np.median(fooled)) if len(fooled) else None}
-    results = [cell(name, judge, right[judge], config, {'xent': xent[judge], **settings})
+    results = [cell(name, judge, right[judge], config, {'xent': float(xent[judge]), **settings})
                for judge in judges]
     return results, right, in_ball
+
+
+def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1):
+    """Returns {attack: path in folder} of where `evaluate` is to keep its finished batches.
+
+    Args:
+        checkpoint: its prefix. of_data: unfinished.data_digest of the data.
+        config, attacks, modes, num_draws: as `evaluate` will get them.
+    """
+    of_all = [checkpoint_digest(checkpoint), of_data, list(modes), num_draws]
+    return {name: path_of(folder, name, [*of_all, name, num_examples(name, config),
+                                         relevant(config, name)]) for name in attacks}
 
 
 def worst_cases(right, in_ball, config):
@@ -259,14 +275,18 @@ def main():
     eval_dir = os.path.join(config['model_dir'], 'eval')
     os.makedirs(eval_dir, exist_ok=True)
     summary_writer = tf.summary.create_file_writer(eval_dir)
+    of_data = data_digest(data)
 
     def evaluate_checkpoint(checkpoint):
         step = model.load_madry_checkpoint(checkpoint)
         print(f'Checkpoint {checkpoint}, step {step}   ({datetime.now()})', flush=True)
-        results = evaluate(model, data, config, attacks, modes, num_draws)
+        kept = kept_files(os.path.join(eval_dir, 'unfinished'), checkpoint, of_data, config,
+                          attacks, modes, num_draws)
+        results = evaluate(model, data, config, attacks, modes, num_draws, kept)
         print_table(results, modes)
         path = os.path.join(eval_dir, 'results.json')
         write_results(path, checkpoint, step, config, results)
+        remove(kept.values())
         with summary_writer.as_default():
             write_summaries(results, step)
         summary_writer.flush()

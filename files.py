@@ -4,6 +4,17 @@ import os
 
 
 @contextlib.contextmanager
+def naming(path):
+    """Gives an OSError of the block that names no file, as a full disk's, the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path, mode='w'):
     """Opens a file for writing that takes the place of `path`, at once, when the block has ended.
 
@@ -17,14 +28,12 @@ def replacing(path, mode='w'):
     """
     temporary = f'{path}.tmp'
     try:
-        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+        with naming(path), open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(path)) from None
         raise

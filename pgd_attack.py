@@ -4,16 +4,17 @@ Run as a program it attacks the evaluation set with the newest checkpoint, with 
 the original does, and stores the result in store_adv_path:
 
     python pgd_attack.py --config FILE
+
+Stopped and started again with the same command, it goes on after the last batch that was finished:
+until the end they are kept in STORE_ADV_PATH.part.
 """
 import os
-import sys
 
 from absl import flags
 import numpy as np
 
 from config import UserError, config_from_flags, define_model_flags, run
 import tensorflow as tf
-from tqdm import tqdm
 
 LOSS_FUNCS = ('xent', 'cw')
 
@@ -144,6 +145,7 @@ def main():
     from attacks import make_attack, perturbation_fault
     from cifar10_input import eval_examples, load_data
     from model import build_model, find_checkpoint
+    from unfinished import appended, checkpoint_digest, data_digest, finish, relevant
     config = config_from_flags()
     path = config['store_adv_path']
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.'):
@@ -154,22 +156,19 @@ def main():
     data = load_data(config)
     images, _ = eval_examples(data, config)
     model = build_model(config, data.num_classes)
-    model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))
+    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
+    model.load_madry_checkpoint(checkpoint)
     attack, settings = make_attack('pgd', model, data, config)
+    what = [checkpoint_digest(checkpoint), data_digest(data), relevant(config, 'pgd')]
 
     # Iterate over the samples batch by batch
     x_adv = np.empty(images.shape, np.float32)
-    for start in tqdm(range(0, len(images), config['eval_batch_size']), unit='batch',
-                      disable=not sys.stderr.isatty()):
-        end = min(start + config['eval_batch_size'], len(images))
+    for start, end in appended(path, x_adv, config['eval_batch_size'], what, 'pgd'):
         x_adv[start:end] = attack(start, end)
     fault = perturbation_fault(images, x_adv, settings['epsilon'])
     if fault:
         raise RuntimeError(fault)
-
-    with open(f'{path}.tmp', 'wb') as f:
-        np.save(f, x_adv)
-    os.replace(f'{path}.tmp', path)
+    finish(path)
     print(f'{len(x_adv)} examples stored in {path}')
 
 

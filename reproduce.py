@@ -7,20 +7,23 @@ Trains what is missing, each model in a folder of its own in model_dir, by train
 is missing; writes MODEL_DIR/tables/NAME.md and figures beside them, and prints the tables. Every
 figure is kept in MODEL_DIR/cells as soon as it is known, with the settings that it depends on: what
 is done is never done again, so the program can be stopped and started at any time. Another setting
-makes other cells beside the old ones.
+makes other cells beside the old ones. The finished batches of a figure that is not known yet are
+kept, too, in MODEL_DIR/cells/unfinished, which may be removed at any time.
 """
 import hashlib
 import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 
 from absl import flags
 import numpy as np
 
-from config import FIELDS, UserError, config_from_flags, read_json, run, store_config
+from config import (FIELDS, STOPPED, Terminated, UserError, config_from_flags, read_json, run,
+                    store_config)
 import tensorflow as tf
 
 from attacks import make_attack, num_examples
@@ -28,8 +31,9 @@ from cifar10_input import eval_examples, load_data
 from confoundings import excess, logit_errors, perturbation_sizes
 from eval import evaluate_attack, make_judges, worst_cases
 from files import replacing
-from model import build_model
+from model import build_model, checkpoints, damage
 from shaping import INFERENCE_MODES, num_clean
+from unfinished import checkpoint_digest, data_digest, path_of, relevant, remove
 
 TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'sweeps')
 MODES = {'adv_only': 'adv. only', 'shaping_in_training': 'shaping in training',
@@ -81,13 +85,6 @@ SWEEP_EXAMPLES = 500  # at most: the sweeps are a check of the attacks, not a re
 SWEEP_STEPS = (1, 2, 5, 10, 20, 50, 100)
 SWEEP_EPSILONS = (0, 1, 2, 4, 8, 16, 32, 64)
 
-# Keys that a figure does not depend on; the last ones only those attacks depend on.
-NO_PART = ('model_dir', 'data_path', 'num_output_steps', 'num_summary_steps',
-           'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'distribution',
-           'batch_norms', 'num_attack_examples')
-OF_ATTACK = {'fgsm_epsilon': ('fgsm',), 'apgd_num_steps': ('apgd', 'apgd_eot'),
-             'eot_draws': ('apgd_eot',)}
-
 
 # ---- what there is to train
 
@@ -132,8 +129,8 @@ def train(name, config, base):
     """
     model_dir, steps = config['model_dir'], config['max_num_training_steps']
     stored = os.path.join(model_dir, 'config.json')
-    newest = tf.train.latest_checkpoint(model_dir)
-    done = int(newest.rpartition('-')[2]) if newest else 0
+    done = next((int(prefix.rpartition('-')[2]) for prefix in checkpoints(model_dir)
+                 if damage(prefix) is None), 0)
     if done > steps:
         raise UserError(f'{model_dir} holds a training of {done} steps; max_num_training_steps '
                         f'is {steps}: {done} or another model_dir would fit')
@@ -150,27 +147,55 @@ def train(name, config, base):
         if config[key] != base[key]:
             command += ['--set', f'{key}={json.dumps(config[key])}']
     print(f'\nTraining {name}:\n    {shlex.join(["python", "train.py", *command[2:]])}', flush=True)
-    status = subprocess.run(command, check=False).returncode
+    status = run_to_a_stop(command)
+    if status == STOPPED:
+        print(f'reproduce.py: the training of {name} was stopped; the same command goes on from '
+              'there', file=sys.stderr)
+        sys.exit(STOPPED)
     if status:
         raise UserError(f'the training of {name} ended with status {status}; the same command '
                         'goes on from its newest checkpoint')
 
 
+def run_to_a_stop(command):
+    """Runs a command that a first signal makes save and end; returns its exit status.
+
+    A signal that would stop this program is passed on as SIGTERM, and the command is waited for. It
+    has a session of its own, so that a terminal's Ctrl-C does not reach it a second time: a second
+    signal makes it leave at once, and here as well, two mean two.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came. config.Terminated: SIGTERM came, or the terminal was closed.
+            The command has ended.
+    """
+    process, told, sent, before = None, [], 0, {}
+
+    def told_of(number, _):
+        told.append(number)
+        pass_on()
+
+    def pass_on():
+        nonlocal sent
+        while process is not None and sent < len(told):
+            sent += 1
+            process.terminate()
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, a background job
+                before[number] = signal.signal(number, told_of)
+        process = subprocess.Popen(command, start_new_session=True)
+        pass_on()  # what came before there was a process
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        raise KeyboardInterrupt if told[0] == signal.SIGINT else Terminated
+    return status
+
+
 # ---- cells: figures that are kept
-
-
-def file_digest(path):
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-def data_digest(data):
-    """Returns a digest of all images and labels."""
-    digest = hashlib.sha256()
-    for subset in (data.train_data, data.eval_data):
-        digest.update(np.ascontiguousarray(subset.xs))
-        digest.update(np.ascontiguousarray(subset.ys))
-    return digest.hexdigest()
 
 
 class Cells:
@@ -190,7 +215,7 @@ class Cells:
         self.model = model
         self.checkpoint = os.path.join(config['model_dir'],
                                        f'checkpoint-{config["max_num_training_steps"]}')
-        self.digests = [file_digest(f'{self.checkpoint}.index'), data_digest]
+        self.digests = [checkpoint_digest(self.checkpoint), data_digest]
 
     def load(self):
         """Returns the model with this training's weights."""
@@ -198,10 +223,12 @@ class Cells:
         return self.model
 
     def get(self, what, identity, compute):
-        """Returns the cell `what`, a dict: the one that is kept, or compute() -> dict.
+        """Returns the cell `what`, a dict: the one that is kept, or compute(path) -> dict.
 
         Args:
             identity: what the cell depends on, beside the training's weights and the data; JSON.
+            compute: keeps its finished batches in the file `path`, which also follows from the code
+                and is removed in the end.
         """
         identity = json.dumps([self.name, what, *self.digests, identity], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -209,10 +236,13 @@ class Cells:
         if os.path.exists(path):
             return read_json(path)
         print(f'Computing {self.name}: {what}', flush=True)
-        value = {'identity': json.loads(identity), **compute()}
+        unfinished = path_of(os.path.join(self.folder, 'unfinished'), f'{self.name}-{what}',
+                             identity)
+        value = {'identity': json.loads(identity), **compute(unfinished)}
         os.makedirs(self.folder, exist_ok=True)
         with replacing(path) as f:
             json.dump(value, f)
+        remove([unfinished])
         return value
 
     def attack(self, name, modes=INFERENCE_MODES, ratios=None, **settings):
@@ -223,16 +253,14 @@ class Cells:
             settings: keys of the configuration that are changed for this attack.
         """
         config = {**self.config, **settings}
-        identity = {key: config[key] for key in FIELDS
-                    if key not in NO_PART and name in OF_ATTACK.get(key, (name,))}
-        identity |= {'num_examples': num_examples(name, config), 'modes': list(modes),
-                     'ratios': ratios}
+        identity = {**relevant(config, name), 'num_examples': num_examples(name, config),
+                    'modes': list(modes), 'ratios': ratios}
 
-        def compute():
+        def compute(unfinished):
             model, data = self.load(), self.data
             judges = make_judges(model, data, config, modes, ratios)
             results, right, in_ball = evaluate_attack(
-                name, make_attack(name, model, data, config), data, config, judges)
+                name, make_attack(name, model, data, config), data, config, judges, 1, unfinished)
             return {'results': results,
                     'right': [''.join(map(str, right[judge][0].astype(int))) for judge in judges],
                     'in_ball': ''.join(map(str, in_ball.astype(int)))}
@@ -337,12 +365,12 @@ def table4(config, cells):
 
 def confounding_rows(config, cells):
     """Returns the three in-text experiments as (what, model, {excess, interval, n}, paper's)."""
-    part = {key: config[key] for key in FIELDS if key not in NO_PART and key not in OF_ATTACK}
+    part = relevant(config)
     names = [training(config, 'pgd', mode)[0] for mode in ('adv_only', MAIN)]
 
     def get(name, what, measure, pairs):
-        def compute():
-            sizes = measure(cells[name].load(), cells[name].data, cells[name].config)
+        def compute(unfinished):
+            sizes = measure(cells[name].load(), cells[name].data, cells[name].config, unfinished)
             result = {}
             for label, (a, b) in pairs.items():
                 value, interval = excess(sizes[a], sizes[b])

@@ -25,7 +25,7 @@ from absl import flags
 from google.protobuf.message import DecodeError
 import numpy as np
 
-from config import UserError, config_from_flags, load_config, run, store_config
+from config import STOPPED, UserError, config_from_flags, load_config, run, store_config
 import keras
 import tensorflow as tf
 from tqdm import tqdm
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from cifar10_input import eval_examples, load_data
 from distribution import (LOST, check_shares, divide_cpu, is_chief, make_strategy, make_sum,
                           num_workers, shares)
-from files import replacing
+from files import naming, replacing
 from model import build_model, checkpoints, find_checkpoint
 from pgd_attack import LinfPGDAttack, masked
 from shaping import tail_mask
@@ -47,7 +47,6 @@ MAY_CHANGE = ('model_dir', 'data_path', 'max_num_training_steps', 'num_output_st
 
 
 LOG = 'log.jsonl'     # in model_dir: one line a report, the same figures as on stdout
-STOPPED = 75          # exit status of a run that was stopped and can go on: sysexits' EX_TEMPFAIL
 PROFILE_STEPS = 10
 
 
@@ -346,11 +345,8 @@ def logged_step(line):
 
 def append(path, line):
     """Adds a line to a file, at once."""
-    try:
-        with open(path, 'ab', buffering=0) as f:
-            f.write(line.encode() + b'\n')
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None  # a full disk names no file
+    with naming(path), open(path, 'ab', buffering=0) as f:
+        f.write(line.encode() + b'\n')
 
 
 def reason(error):
@@ -402,17 +398,23 @@ def take_lock(path):
 
 
 def stop_on_signals():
-    """Returns a list that Ctrl-C or SIGTERM adds to; the second one ends the program at once."""
+    """Returns a list that Ctrl-C or SIGTERM adds to; a second one ends the program at once.
+
+    Within two seconds it is the same one: some schedulers tell a whole tree of processes, and each
+    of these tells its children.
+    """
     asked, before = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number, _):
-        asked.append(number)
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        os.write(2, b'\nfinishing this step, then saving; once more to stop at once\n')
+    def ask(number, frame):
+        if asked and timer() - asked[0] > 2:
+            before[number](number, frame)
+        elif not asked:
+            os.write(2, b'\nfinishing this step, then saving; once more to stop at once\n')
+        asked.append(timer())
 
     for s in before:
-        signal.signal(s, ask)
+        if before[s] is not signal.SIG_IGN:  # a background job
+            signal.signal(s, ask)
     return asked
 
 

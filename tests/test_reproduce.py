@@ -75,7 +75,7 @@ def test_a_cell_is_computed_once_and_again_only_for_other_settings(cells, monkey
     assert len(os.listdir(cells.folder)) == 3
 
 
-def test_a_stop_in_the_middle_of_a_cell_keeps_nothing_of_it(cells, monkeypatch):
+def test_a_stop_in_the_middle_of_a_cell_leaves_no_cell(cells, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
     with monkeypatch.context() as m:

@@ -102,11 +102,22 @@ def main():
         np.stack([v.numpy() for v in two.experimental_local_results(values)])
         for values in (x_nat, x, labels))
     found['share/images'], found['share/labels'] = batches[0]
-    before = copies(model)
-    step(*batches[0], 0)
-    name = 'unit_1_0/shared_activation/BatchNorm/moving_mean'
-    found['per_replica/moving_mean'] = np.stack(copies(model)[name])
-    found['per_replica/before'] = np.stack(before[name])
+
+    # One forward pass per replica, beside each share alone on one device
+    def forward(x):
+        logits = model(x)
+        model.average_population_norms()
+        return logits
+    name = 'unit_3_0/sub2/BatchNorm/moving_mean'
+    logits = tf.function(lambda x: two.run(forward, (x,)))(x_nat)
+    found['norms/logits/2'] = np.stack([v.numpy() for v in two.experimental_local_results(logits)])
+    found['norms/moving_mean/2'] = np.mean(copies(model)[name], axis=0)
+    alone = []
+    for share in found['share/x_nat']:
+        model, *_ = make(one, config)
+        alone.append((model(share).numpy(), model.variables_by_name[name].numpy()))
+    found['norms/logits/1'], means = (np.stack(values) for values in zip(*alone))
+    found['norms/moving_mean/1'] = means.mean(axis=0)
     np.savez(sys.argv[1], **found)
 
 

@@ -1,0 +1,218 @@
+"""Several devices: two logical CPUs in one process (two_devices.py), two processes on 127.0.0.1."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import kills
+from config import UserError, load_config
+from conftest import ROOT
+from distribution import check_shares, check_tf_config, make_strategy, shares
+from shaping import tail_mask
+import train
+
+MODES = ['natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training']
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp('two') / 'found.npz')
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'tests', 'two_devices.py'), path],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with np.load(path) as z:
+        return {key: z[key] for key in z.files}
+
+
+def both(found, prefix):
+    """Yields (name, by one device, by two replicas) of what two_devices.py found."""
+    for key in found:
+        if key.startswith(prefix) and key.endswith('/1'):
+            yield key[len(prefix):-2], found[key], found[f'{key[:-1]}2']
+
+
+@pytest.mark.parametrize('network', ['Model', 'SmoothModel'])
+def test_the_attacks_gradient_through_synchronized_norms_is_one_devices(found, network):
+    """It flows through the statistics from one replica to the other."""
+    (_, one, two), = both(found, f'gradient/{network}')
+    assert np.abs(one - two).max() < 1e-5 * np.abs(one).max()
+    assert np.abs(one).max() > 0
+
+
+# PGD's sign turns rounding into a whole step where a gradient is near 0. TRADES starts where the
+# divergence hardly has a gradient, so that it shows most there.
+@pytest.mark.parametrize('training, of_metrics, of_weights', [
+    *((mode, 1e-5, 5e-3) for mode in MODES), ('trades', 1e-2, 2e-2)])
+def test_synchronized_replicas_train_as_one_device(found, training, of_metrics, of_weights):
+    """Three steps, attack and moving averages included."""
+    for name, one, two in both(found, f'metric/{training}/'):
+        np.testing.assert_allclose(two, one, rtol=of_metrics, err_msg=name)
+    names = 0
+    for name, one, two in both(found, f'weight/{training}/'):
+        assert np.abs(one - two).max() <= of_weights * np.abs(one).max() + 1e-7, name
+        names += 1
+    assert names == 61
+
+
+@pytest.mark.parametrize('training', [*MODES, 'trades'])
+def test_all_replicas_hold_the_same_weights_and_averages(found, training):
+    spreads = [value for key, value in found.items() if key.startswith(f'spread/{training}/')]
+    assert len(spreads) > 60 and all((spread == 0).all() for spread in spreads)
+
+
+def test_each_share_has_the_batchs_ratio(found):
+    """Of 16 samples, 12 clean: two shares of 6 clean and 2 attacked."""
+    attacked = (found['share/x'] != found['share/x_nat']).mean(axis=(2, 3, 4)) > 0.5
+    assert attacked.tolist() == [[False] * 6 + [True] * 2] * 2
+    order = [[0, 1, 2, 3, 4, 5, 12, 13], [6, 7, 8, 9, 10, 11, 14, 15]]
+    assert (found['share/x_nat'] == found['share/images'][order]).all()
+    assert (found['share/y'] == found['share/labels'][order]).all()
+
+
+def test_per_replica_norms_are_those_of_the_share_and_their_mean_is_kept(found):
+    """A forward pass in two replicas, and each of their shares alone on one device."""
+    for name, alone, together in both(found, 'norms/'):
+        np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_shares_cover_the_batch_once_and_keep_the_ratio():
+    for num_replicas, size, ratio in ((1, 8, 3), (2, 16, 3), (4, 64, 3), (3, 63, 2), (8, 128, 7)):
+        tail = tail_mask(size, ratio)
+        found = shares(tail, num_replicas)
+        assert sorted(found.ravel()) == list(range(size))
+        clean = size // num_replicas * ratio // (ratio + 1)
+        assert (tail[found] == (np.arange(size // num_replicas) >= clean)).all()
+        assert num_replicas > 1 or (found == np.arange(size)).all()
+
+
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do():
+    config = load_config()
+    check_shares(config, 4)
+    with pytest.raises(UserError, match='64: shared out to 3 replicas, each share 3:1, multiples '
+                                        'of 12 fit, such as 60 or 72'):
+        check_shares(config, 3)
+    check_shares({**config, 'training_mode': 'adv_only'}, 32)
+    with pytest.raises(UserError, match='multiples of 3 fit, such as 63 or 66'):
+        check_shares({**config, 'training_mode': 'adv_only'}, 3)
+
+
+@pytest.mark.parametrize('text', [
+    None, '', 'x', '3', '[]', '{}', '{"cluster": {}, "task": {"type": "worker", "index": 0}}',
+    '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+    '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": "0"}}',
+    '{"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}',
+    '{"cluster": {"worker": [1]}, "task": {"type": "worker", "index": 0}}',
+    '{"cluster": {"worker": ["a:1"], "ps": ["a:2"]}, "task": {"type": "worker", "index": 0}}',
+    '{"cluster": {"worker": ["a:1"]}, "task": {"type": "chief", "index": 0}}', '[' * 10 ** 5])
+def test_a_tf_config_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match='TF_CONFIG.*would fit') as error:
+        check_tf_config(text)
+    assert '\n' not in str(error.value)
+
+
+def test_xla_on_several_devices_is_refused():
+    with pytest.raises(UserError, match='xla is on'):
+        make_strategy({'distribution': 'mirrored', 'xla': 'on'})
+
+
+# ---- whole trainings
+
+
+def test_mirrored_training_from_the_command_line(tmp_path):
+    """Stopped and started again, too: with synchronized norms, what one device trains."""
+    def run(folder, steps, distribution, *flags):
+        arguments = kills.command(folder, steps, 'batch_norms=synchronized',
+                                  f'distribution={distribution}')
+        done = subprocess.run([*arguments, *flags], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    one, two, again = (str(tmp_path / name) for name in ('one', 'two', 'again'))
+    run(one, 2, 'none')
+    run(two, 8, 'mirrored', '--logical_cpus=2')
+    run(again, 5, 'mirrored', '--logical_cpus=2')
+    assert 'Going on from' in run(again, 8, 'mirrored', '--logical_cpus=2')
+    assert kills.differences(again, two, 8) == []
+    assert kills.log(two)[0]['loss'] == pytest.approx(kills.log(one)[0]['loss'], rel=1e-3)
+
+
+def workers(folder, steps):
+    """Starts two workers of one training; returns their processes."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            ports.append(s.getsockname()[1])
+    cluster = {'worker': [f'127.0.0.1:{port}' for port in ports]}
+    arguments = kills.command(folder, steps, 'distribution=multi_worker',
+                              'batch_norms=synchronized')
+    return [kills.start(arguments, env={**os.environ, 'TF_CONFIG': json.dumps(
+        {'cluster': cluster, 'task': {'type': 'worker', 'index': index}})}) for index in range(2)]
+
+
+def ended(processes):
+    """Returns [(status, stdout, stderr)] of processes that are to end within a minute or two."""
+    found = []
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=150)
+        assert 'Traceback' not in stderr, stderr
+        found.append((process.returncode, stdout, stderr))
+    return found
+
+
+def until(process, line):
+    while line not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+
+
+@pytest.fixture(scope='module')
+def by_two_workers(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp('workers'))
+    (chief, stdout, stderr), (other, silent, _) = ended(workers(folder, 20))
+    assert chief == other == 0, stderr
+    assert 'Step 19:' in stdout and 'Step' not in silent
+    return folder
+
+
+def test_two_workers_train_what_one_process_trains(by_two_workers, tmp_path):
+    done = subprocess.run(kills.command(str(tmp_path), 1), capture_output=True, timeout=300)
+    assert done.returncode == 0
+    theirs, ours = kills.log(by_two_workers)[0], kills.log(tmp_path)[0]
+    assert theirs['loss'] == pytest.approx(ours['loss'], rel=1e-3)
+    assert theirs['accuracy_nat'] == ours['accuracy_nat']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('lost', [0, 1])
+def test_a_lost_worker_ends_all_and_the_restart_resumes(by_two_workers, tmp_path, lost):
+    processes = workers(str(tmp_path), 4000)
+    until(processes[0], 'Step 8:')
+    processes[lost].kill()
+    begin = time.monotonic()
+    status, _, stderr = ended([processes[1 - lost]])[0]
+    processes[lost].communicate()
+    assert status == train.STOPPED and time.monotonic() - begin < 100
+    assert re.search(r'^train\.py: a worker was lost .* goes on from', stderr, re.MULTILINE)
+    (chief, stdout, stderr), (other, *_) = ended(workers(str(tmp_path), 20))
+    assert chief == other == 0, stderr
+    assert kills.resumed_from(stdout) >= 5
+    assert kills.differences(str(tmp_path), by_two_workers, 20) == []
+
+
+def test_a_signal_to_one_worker_saves_and_ends_both(by_two_workers, tmp_path):
+    processes = workers(str(tmp_path), 20)
+    until(processes[0], 'Step 6:')
+    processes[1].send_signal(signal.SIGTERM)
+    (chief, stdout, _), (other, *_) = ended(processes)
+    assert chief == other == train.STOPPED
+    step = int(re.search(r'Stopped after (\d+) steps', stdout)[1])
+    assert tf.train.latest_checkpoint(str(tmp_path)).endswith(f'checkpoint-{step}')
+    assert all(status == 0 for status, *_ in ended(workers(str(tmp_path), 20)))
+    assert kills.differences(str(tmp_path), by_two_workers, 20) == []
