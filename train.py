@@ -338,8 +338,8 @@ def forget_steps(model_dir, start):
 def logged_step(line):
     """Returns the step that a line of the log tells of; infinity where it was cut off."""
     try:
-        return json.loads(line)['step']
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)['step'])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float('inf')
 
 
