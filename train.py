@@ -47,6 +47,7 @@ MAY_CHANGE = ('model_dir', 'data_path', 'max_num_training_steps', 'num_output_st
 
 
 LOG = 'log.jsonl'     # in model_dir: one line a report, the same figures as on stdout
+NUM_REPLICAS = 'num_replicas'  # in the checkpoints of several
 PROFILE_STEPS = 10
 
 
@@ -302,6 +303,15 @@ def check_same_run(config, path):
                         'another model_dir would fit')
 
 
+def check_same_replicas(config, prefix, num_replicas):
+    """Raises UserError where another number of replicas, each with its norms, trained so far."""
+    reader = tf.train.load_checkpoint(prefix)
+    before = int(reader.get_tensor(NUM_REPLICAS)) if reader.has_tensor(NUM_REPLICAS) else 1
+    if config['batch_norms'] == 'per_replica' and before != num_replicas:
+        raise UserError(f'{prefix} was trained by {before} replicas, each with batch norms of its '
+                        f'own; here are {num_replicas}: as many, or another model_dir, would fit')
+
+
 def forget_steps(model_dir, start):
     """Takes the steps from `start` on out of the log and the TensorBoard files in model_dir.
 
@@ -462,6 +472,7 @@ def train(config, strategy):
     if checkpoints(model_dir):
         check_same_run(config, stored_config)
         newest = find_checkpoint(config)
+        check_same_replicas(config, newest, strategy.num_replicas_in_sync)
         start = model.load_madry_checkpoint(newest, optimizer)
         print(f'Going on from {newest}', flush=True)
     if sum_over_replicas(start) != start * strategy.num_replicas_in_sync:
@@ -477,7 +488,10 @@ def train(config, strategy):
         store_config(config, stored_config)  # kept with the model, for reproducibility
         forget_steps(model_dir, start)
         remove_unfinished(model_dir)
-        saver = tf.compat.v1.train.Saver(model.checkpoint_variables(optimizer), max_to_keep=3,
+        state = model.checkpoint_variables(optimizer)
+        if strategy.num_replicas_in_sync > 1:
+            state[NUM_REPLICAS] = tf.Variable(strategy.num_replicas_in_sync)
+        saver = tf.compat.v1.train.Saver(state, max_to_keep=3,
                                          save_relative_paths=True)  # model_dir may be moved
         saver.recover_last_checkpoints([prefix for prefix in reversed(checkpoints(model_dir))
                                         if int(prefix.rpartition('-')[2]) <= start])

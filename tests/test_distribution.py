@@ -140,6 +140,9 @@ def test_mirrored_training_from_the_command_line(tmp_path):
     run(again, 5, 'mirrored', '--logical_cpus=2')
     assert 'Going on from' in run(again, 8, 'mirrored', '--logical_cpus=2')
     assert kills.differences(again, two, 8) == []
+    train.check_same_replicas({'batch_norms': 'synchronized'}, f'{two}/checkpoint-8', 3)
+    with pytest.raises(UserError, match='trained by 2 replicas.*here are 3'):
+        train.check_same_replicas({'batch_norms': 'per_replica'}, f'{two}/checkpoint-8', 3)
     assert kills.log(two)[0]['loss'] == pytest.approx(kills.log(one)[0]['loss'], rel=1e-3)
 
 
