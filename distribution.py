@@ -24,7 +24,8 @@ def make_strategy(config):
     """Returns the tf.distribute strategy that a configuration asks for, of one device or more.
 
     Raises:
-        UserError: TF_CONFIG is missing or names no cluster of workers; xla is 'on'.
+        UserError: TF_CONFIG is missing or names no cluster of workers, or they do not come
+            together; xla is 'on'.
     """
     if config['distribution'] == 'none':
         return tf.distribute.get_strategy()
@@ -35,7 +36,12 @@ def make_strategy(config):
         devices = tf.config.list_logical_devices('GPU') or tf.config.list_logical_devices('CPU')
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     check_tf_config(os.environ.get('TF_CONFIG'))
-    return tf.distribute.MultiWorkerMirroredStrategy()
+    print('Waiting for all workers', flush=True)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except tf.errors.OpError as error:
+        raise UserError('the workers of TF_CONFIG do not come together: '
+                        f'{error.message.splitlines()[0]}') from None
 
 
 def check_tf_config(text):

@@ -26,7 +26,7 @@ import tensorflow as tf
 from attacks import MINIMUM_NORM, make_attack, num_examples, perturbation_fault
 from cifar10_input import eval_examples, load_data
 from files import replacing
-from model import build_model, find_checkpoint
+from model import build_model, checkpoints, find_checkpoint, newest_whole
 from shaping import INFERENCE_MODES, make_inference, queries_of
 from unfinished import batches, checkpoint_digest, data_digest, path_of, relevant, remove
 
@@ -297,10 +297,12 @@ def main():
         return
 
     # Evaluate new checkpoints for ever, as the original does
-    last = None
+    last, seen = None, []
     print('Waiting for a checkpoint', end='', flush=True)
     while True:
-        checkpoint = tf.train.latest_checkpoint(config['model_dir'])
+        there = checkpoints(config['model_dir'])
+        checkpoint = newest_whole(config['model_dir']) if there != seen else last
+        seen = there
         if checkpoint and checkpoint != last:
             print()
             evaluate_checkpoint(checkpoint)

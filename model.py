@@ -320,23 +320,29 @@ def damage(prefix):
     return None
 
 
-def find_checkpoint(config, prefix=None):
-    """Returns the prefix of a checkpoint: the one given, or the newest sound one in model_dir.
+def newest_whole(folder):
+    """Returns the prefix of the newest checkpoint in a folder that is whole, or None.
 
     Those that were cut short or damaged are named on stderr and passed over.
-
-    Raises:
-        UserError: there is none, or none that is sound.
     """
-    if prefix:
-        return prefix
-    found = checkpoints(config['model_dir'])
-    for prefix in found:
+    for prefix in checkpoints(folder):
         fault = damage(prefix)
         if fault is None:
             return prefix
         print(f'{prefix} is damaged and passed over: {fault}', file=sys.stderr, flush=True)
-    if found:
+    return None
+
+
+def find_checkpoint(config, prefix=None):
+    """Returns the prefix of a checkpoint: the one given, or the newest in model_dir that is whole.
+
+    Raises:
+        UserError: there is none, or none that is whole.
+    """
+    prefix = prefix or newest_whole(config['model_dir'])
+    if prefix:
+        return prefix
+    if checkpoints(config['model_dir']):
         raise UserError(f'model_dir {config["model_dir"]} holds checkpoints, but none that is '
                         'whole; another model_dir would fit')
     raise UserError(f'model_dir {config["model_dir"]} holds no checkpoint; train.py writes '

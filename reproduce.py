@@ -31,7 +31,7 @@ from cifar10_input import eval_examples, load_data
 from confoundings import excess, logit_errors, perturbation_sizes
 from eval import evaluate_attack, make_judges, worst_cases
 from files import replacing
-from model import build_model, checkpoints, damage
+from model import build_model, newest_whole
 from shaping import INFERENCE_MODES, num_clean
 from unfinished import checkpoint_digest, data_digest, path_of, relevant, remove
 
@@ -129,8 +129,8 @@ def train(name, config, base):
     """
     model_dir, steps = config['model_dir'], config['max_num_training_steps']
     stored = os.path.join(model_dir, 'config.json')
-    done = next((int(prefix.rpartition('-')[2]) for prefix in checkpoints(model_dir)
-                 if damage(prefix) is None), 0)
+    newest = newest_whole(model_dir)
+    done = int(newest.rpartition('-')[2]) if newest else 0
     if done > steps:
         raise UserError(f'{model_dir} holds a training of {done} steps; max_num_training_steps '
                         f'is {steps}: {done} or another model_dir would fit')

@@ -8,21 +8,14 @@ whole, and ends as if it had never been stopped: all that is random follows from
 step number, and the log and the TensorBoard curves are cut back to that checkpoint. Ctrl-C and
 SIGTERM let it finish the step and save; it then leaves with status 75.
 """
-import contextlib
 from datetime import datetime, timedelta
-import errno
-import fcntl
-import glob
 import json
 import os
-import re
-import signal
-import socket
 import sys
 from timeit import default_timer as timer
+import zlib
 
 from absl import flags
-from google.protobuf.message import DecodeError
 import numpy as np
 
 from config import STOPPED, UserError, config_from_flags, load_config, run, store_config
@@ -33,9 +26,10 @@ from tqdm import tqdm
 from cifar10_input import eval_examples, load_data
 from distribution import (LOST, check_shares, divide_cpu, is_chief, make_strategy, make_sum,
                           num_workers, shares)
-from files import naming, replacing
 from model import build_model, checkpoints, find_checkpoint
 from pgd_attack import LinfPGDAttack, masked
+from resume import (LOG, append, forget_steps, in_one_line, reason, refuse_full_disk,
+                    remove_unfinished, stop_on_signals, take_lock, tell)
 from shaping import tail_mask
 from trades import TradesAttack, kl_divergence
 
@@ -46,7 +40,6 @@ MAY_CHANGE = ('model_dir', 'data_path', 'max_num_training_steps', 'num_output_st
               'xla', 'fgsm_epsilon', 'apgd_num_steps', 'eot_draws', 'num_attack_examples')
 
 
-LOG = 'log.jsonl'     # in model_dir: one line a report, the same figures as on stdout
 NUM_REPLICAS = 'num_replicas'  # in the checkpoints of several
 PROFILE_STEPS = 10
 
@@ -312,122 +305,6 @@ def check_same_replicas(config, prefix, num_replicas):
                         f'own; here are {num_replicas}: as many, or another model_dir, would fit')
 
 
-def forget_steps(model_dir, start):
-    """Takes the steps from `start` on out of the log and the TensorBoard files in model_dir.
-
-    They are about to be done again: a run that was killed had gone past its last checkpoint. What a
-    kill cut off goes, too. Every file is written anew and moved into place, or left alone.
-    """
-    log = os.path.join(model_dir, LOG)
-    if os.path.exists(log):
-        with open(log, encoding='utf-8', errors='replace') as f:
-            lines = f.readlines()
-        kept = [line for line in lines if logged_step(line) < start]
-        if kept != lines:
-            with replacing(log) as f:
-                f.writelines(kept)
-    for path in glob.glob(os.path.join(glob.escape(model_dir), 'events.out.tfevents.*')):
-        kept, whole = [], True
-        try:
-            for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
-                if tf.compat.v1.Event.FromString(record).step < start or not kept:
-                    kept.append(record)  # the first one tells the file's version
-                else:
-                    whole = False
-        except (tf.errors.DataLossError, DecodeError) as error:
-            whole = False
-            if not isinstance(error, tf.errors.DataLossError) or 'truncated' not in error.message:
-                print(f'{path} is damaged: the curves end there until step {start}', flush=True)
-        if not whole:
-            with tf.io.TFRecordWriter(f'{path}.tmp') as writer:
-                for record in kept:
-                    writer.write(record)
-            os.replace(f'{path}.tmp', path)
-
-
-def logged_step(line):
-    """Returns the step that a line of the log tells of; infinity where it was cut off."""
-    try:
-        return float(json.loads(line)['step'])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return float('inf')
-
-
-def append(path, line):
-    """Adds a line to a file, at once."""
-    with naming(path), open(path, 'ab', buffering=0) as f:
-        f.write(line.encode() + b'\n')
-
-
-def reason(error):
-    """Returns what a TensorFlow error says, without the names of its operations, in one line."""
-    text = re.sub(r'\{\{.*?\}\} ?| ?\[Op:.*', '', error.message)
-    return '; '.join(line.strip() for line in text.splitlines() if line.strip())
-
-
-@contextlib.contextmanager
-def in_one_line(what):
-    """Makes a UserError of what TensorFlow raises where `what` cannot be written."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        raise UserError(f'{what} cannot be written: {reason(error)}') from None
-
-
-def refuse_full_disk(folder):
-    """Raises OSError where there is no room left: TensorBoard's writer says nothing of it."""
-    disk = os.statvfs(folder)
-    if disk.f_blocks > 0 and disk.f_bavail == 0:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
-
-
-def remove_unfinished(model_dir):
-    """Removes what a checkpoint leaves whose writing was stopped."""
-    for name in ('checkpoint-*.tempstate*', 'checkpoint.tmp*'):
-        for path in glob.glob(os.path.join(glob.escape(model_dir), name)):
-            os.remove(path)
-
-
-def take_lock(path):
-    """Returns an open file that no other process can have, for as long as this one lives.
-
-    Raises:
-        OSError: another process has it, or it cannot be written.
-    """
-    f = open(path, 'a+', encoding='utf-8')
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        f.seek(0)
-        raise OSError(errno.EWOULDBLOCK, f'{f.read().strip() or "another process"} is training '
-                      'there; another model_dir would fit', path) from None
-    f.truncate(0)
-    f.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-    f.flush()
-    return f
-
-
-def stop_on_signals():
-    """Returns a list that Ctrl-C or SIGTERM adds to; a second one ends the program at once.
-
-    Within two seconds it is the same one: some schedulers tell a whole tree of processes, and each
-    of these tells its children.
-    """
-    asked, before = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number, frame):
-        if asked and timer() - asked[0] > 2:
-            before[number](number, frame)
-        elif not asked:
-            os.write(2, b'\nfinishing this step, then saving; once more to stop at once\n')
-        asked.append(timer())
-
-    for s in before:
-        if before[s] is not signal.SIG_IGN:  # a background job
-            signal.signal(s, ask)
-    return asked
-
-
 def main():
     tf.get_logger().setLevel('ERROR')  # the Saver calls itself deprecated, at length
     config = config_from_flags()
@@ -439,8 +316,9 @@ def main():
     except LOST as error:
         if num_workers(strategy) == 1:
             raise
-        print(f'train.py: a worker was lost ({type(error).__name__}); the same command on all '
-              'workers goes on from the newest checkpoint', file=sys.stderr)
+        print(f'train.py: a worker was lost ({type(error).__name__}: {reason(error)[:200]}); '
+              'unless one tells of a mistake, the same command on all workers goes on from the '
+              'newest checkpoint', file=sys.stderr)
         sys.exit(STOPPED)
 
 
@@ -466,7 +344,7 @@ def train(config, strategy):
     tail = adversarial_tail(config, strategy.num_replicas_in_sync)
 
     # Going on from the newest checkpoint that is whole, where there is one
-    start = 0
+    start, newest = 0, None
     os.makedirs(model_dir, exist_ok=True)
     _lock = take_lock(os.path.join(model_dir, 'lock')) if chief else None
     if checkpoints(model_dir):
@@ -474,20 +352,24 @@ def train(config, strategy):
         newest = find_checkpoint(config)
         check_same_replicas(config, newest, strategy.num_replicas_in_sync)
         start = model.load_madry_checkpoint(newest, optimizer)
-        print(f'Going on from {newest}', flush=True)
+        tell(f'Going on from {newest}')
     if sum_over_replicas(start) != start * strategy.num_replicas_in_sync:
         raise UserError(f'this worker found a checkpoint of step {start} in {model_dir}, another '
                         'one another: a model_dir that all workers share would fit')
+    digest = zlib.crc32(json.dumps({**config, 'model_dir': '', 'data_path': ''}).encode())
+    if sum_over_replicas(digest) != digest * strategy.num_replicas_in_sync:
+        raise UserError('the workers have different configurations; the same but for model_dir and '
+                        'data_path would fit')
     profile_from = start + 1 if flags.FLAGS.profile else None  # the first step traces the graph
     if flags.FLAGS.profile and max_num_training_steps - start <= PROFILE_STEPS:
         raise UserError(f'--profile takes {PROFILE_STEPS} steps after the first; '
-                        f'{max_num_training_steps - start} are left')
+                        f'{max(0, max_num_training_steps - start)} are left')
 
     # Setting up the TensorBoard, log and checkpoint outputs
     if chief:
         store_config(config, stored_config)  # kept with the model, for reproducibility
-        forget_steps(model_dir, start)
         remove_unfinished(model_dir)
+        forget_steps(model_dir, start)
         state = model.checkpoint_variables(optimizer)
         if strategy.num_replicas_in_sync > 1:
             state[NUM_REPLICAS] = tf.Variable(strategy.num_replicas_in_sync)
@@ -499,24 +381,28 @@ def train(config, strategy):
         with in_one_line(f'TensorBoard summaries in {model_dir}'):
             summary_writer = tf.summary.create_file_writer(model_dir)
 
+    last_good = newest
+
     def save(step):
         """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
+        nonlocal last_good
         state = model.checkpoint_variables(optimizer).values()
         if not all(np.isfinite(v.numpy()).all() for v in state):
             stop_diverged(step, 'a weight')
         if not chief:
             return
         try:
-            saver.save(None, os.path.join(model_dir, 'checkpoint'), step, write_meta_graph=False)
+            last_good = saver.save(None, os.path.join(model_dir, 'checkpoint'), step,
+                                   write_meta_graph=False)
         except tf.errors.OpError as error:
             remove_unfinished(model_dir)
             raise UserError(f'no checkpoint could be written in {model_dir}: {reason(error)}; the '
-                            f'last good one is {tf.train.latest_checkpoint(model_dir)}') from None
+                            f'last good one is {last_good}') from None
 
     def stop_diverged(step, what):
         raise UserError(f'{what} is NaN or infinite at step {step}; the last good checkpoint is '
-                        f'{tf.train.latest_checkpoint(model_dir)}; a lower learning rate in '
-                        'step_size_schedule, with another model_dir, may fit')
+                        f'{last_good}; a lower learning rate in step_size_schedule, with another '
+                        'model_dir, may fit')
 
     if start == 0:
         save(0)
@@ -528,7 +414,8 @@ def train(config, strategy):
                disable=not (chief and sys.stderr.isatty()))
     for ii in range(start, max_num_training_steps):
         if ii == profile_from:
-            tf.profiler.experimental.start(model_dir)
+            with in_one_line(f'the profile in {model_dir}'):
+                tf.profiler.experimental.start(model_dir)
         x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
         inputs = tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64)
 
@@ -548,12 +435,12 @@ def train(config, strategy):
         bar.update()
         if not np.isfinite(metrics['loss']):
             stop_diverged(ii, 'the loss')
-        if profile_from is not None and ii + 1 == profile_from + PROFILE_STEPS:
-            tf.profiler.experimental.stop()
-            print(f'Profile of steps {profile_from} to {ii}: tensorboard --logdir {model_dir}')
+        stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
+        last = ii + 1 == max_num_training_steps
 
-        # Output to stdout and the log
-        if output and chief:
+        # What is reported, first where a kill cannot make it forgotten: before the checkpoint
+        report = []
+        if output:
             report = [f'Step {ii}:    ({datetime.now()})',
                       f'    training nat accuracy {nat_accuracy * 100:.4}%']
             if 'accuracy_adv' in metrics:
@@ -567,9 +454,8 @@ def train(config, strategy):
                 report.append(f'    {batch_size / seconds:.1f} examples per second, {left} left')
                 line['examples_per_second'] = batch_size / seconds
                 training_time, timed_steps = 0., 0
-            tqdm.write('\n'.join(report))
-            sys.stdout.flush()
-            append(log, json.dumps(line))
+            if chief:
+                append(log, json.dumps(line))
 
         # TensorBoard summaries
         if summary and chief:
@@ -578,21 +464,28 @@ def train(config, strategy):
                     write_summaries(metrics, nat_accuracy, images, tail, ii)
                 summary_writer.flush()
             refuse_full_disk(model_dir)
+        if profile_from is not None and (ii + 1 == profile_from + PROFILE_STEPS
+                                         or stop and profile_from <= ii < profile_from
+                                         + PROFILE_STEPS):
+            with in_one_line(f'the profile in {model_dir}'):
+                tf.profiler.experimental.stop()
+            report.append(f'Profile of steps {profile_from} to {ii}: tensorboard --logdir '
+                          f'{model_dir}')
 
         # Write a checkpoint
-        stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
-        last = ii + 1 == max_num_training_steps
         if (ii + 1) % config['num_checkpoint_steps'] == 0 or last or stop:
             save(ii + 1)
+
+        # Output to stdout
+        if report and chief:
+            tell('\n'.join(report))
         if stop and not last:
             bar.close()
-            print(f'Stopped after {ii + 1} steps, which are saved; the same command goes on',
-                  flush=True)
+            tell(f'Stopped after {ii + 1} steps, which are saved; the same command goes on')
             sys.exit(STOPPED)
     bar.close()
     if chief:
-        print(f'{max(start, max_num_training_steps)} steps done: '
-              f'{tf.train.latest_checkpoint(model_dir)}')
+        tell(f'{max(start, max_num_training_steps)} steps done: {last_good}')
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ same, the project's own code included, and where its SHA-256 is right: a file th
 changed counts for nothing. No file is unpickled, and no more is read than the results can take.
 """
 import contextlib
+import fcntl
 import functools
 import glob
 import hashlib
@@ -197,6 +198,10 @@ def appended(path, array, size, what, label):
     kept = kept.get('digests') if kept.get('what') == what else None
     digests, done = [], 0
     with naming(part), open(part, 'r+b', opener=_creating) as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another program is writing {part}; one at a time would fit') from None
         if f.read(len(header)) == header and isinstance(kept, list):
             for start, digest in zip(range(0, n, size), kept):
                 batch = array[start:start + size]

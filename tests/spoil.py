@@ -20,16 +20,17 @@ os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from config import UserError, load_config  # noqa: E402
 import kills  # noqa: E402
-from model import checkpoints, damage, find_checkpoint  # noqa: E402
+from model import checkpoints, damage  # noqa: E402
+from resume import forget_steps  # noqa: E402
 import train  # noqa: E402
 
-KINDS = ('index', 'data', 'state', 'config', 'log', 'events')
+KINDS = ('index', 'data', 'config', 'log', 'events')
 
 
 def file_of(folder, kind):
     newest = checkpoints(folder)[0]
     return {'index': f'{newest}.index', 'data': f'{newest}.data-00000-of-00001',
-            'state': f'{folder}/checkpoint', 'config': f'{folder}/config.json',
+            'config': f'{folder}/config.json',
             'log': f'{folder}/log.jsonl',
             'events': glob.glob(f'{glob.escape(folder)}/events.out*')[0]}[kind]
 
@@ -52,19 +53,15 @@ def outcome(folder, kind, step, before):
         now = kills.weights(folder, step)
         same = all(now[name].tobytes() == before[0][name].tobytes() for name in before[0])
         return 'harmless' if same else 'another weight was read'
-    if kind == 'state':
-        newest = find_checkpoint({'model_dir': folder})
-        return 'harmless' if newest.endswith(f'-{step}') else 'another checkpoint was taken'
     if kind == 'config':
         try:
             train.check_same_run(before[1], f'{folder}/config.json')
         except UserError as error:
             return 'recognized' if '\n' not in str(error) else 'more than one line'
         return 'harmless'  # what may change is taken from the command line anyway
-    train.forget_steps(folder, step // 2)
+    forget_steps(folder, step // 2)
     if kind == 'log':
-        lines = [line for line in kills.log(folder)]
-        sound = all(line['step'] < step // 2 for line in lines)
+        sound = all(line['step'] < step // 2 for line in kills.log(folder))
     else:  # each value with a checksum of its own
         found = kills.curves(folder)
         sound = set(found) <= set(before[2]) and len(set(found)) == len(found)

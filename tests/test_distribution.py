@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import kills
-from config import UserError, load_config
+from config import STOPPED, UserError, load_config
 from conftest import ROOT
 from distribution import check_shares, check_tf_config, make_strategy, shares
 from shaping import tail_mask
@@ -135,7 +135,7 @@ def test_mirrored_training_from_the_command_line(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
     one, two, again = (str(tmp_path / name) for name in ('one', 'two', 'again'))
-    run(one, 2, 'none')
+    run(one, 5, 'none')
     run(two, 8, 'mirrored', '--logical_cpus=2')
     run(again, 5, 'mirrored', '--logical_cpus=2')
     assert 'Going on from' in run(again, 8, 'mirrored', '--logical_cpus=2')
@@ -143,11 +143,16 @@ def test_mirrored_training_from_the_command_line(tmp_path):
     train.check_same_replicas({'batch_norms': 'synchronized'}, f'{two}/checkpoint-8', 3)
     with pytest.raises(UserError, match='trained by 2 replicas.*here are 3'):
         train.check_same_replicas({'batch_norms': 'per_replica'}, f'{two}/checkpoint-8', 3)
-    assert kills.log(two)[0]['loss'] == pytest.approx(kills.log(one)[0]['loss'], rel=1e-3)
+    for ours, theirs in zip(kills.log(one), kills.log(two)):
+        assert theirs['loss'] == pytest.approx(ours['loss'], rel=5e-3)
 
 
-def workers(folder, steps):
-    """Starts two workers of one training; returns their processes."""
+def workers(folder, steps, of_second=()):
+    """Starts two workers of one training; returns their processes.
+
+    Args:
+        of_second: settings of the second one alone.
+    """
     ports = []
     for _ in range(2):
         with socket.socket() as s:
@@ -156,7 +161,8 @@ def workers(folder, steps):
     cluster = {'worker': [f'127.0.0.1:{port}' for port in ports]}
     arguments = kills.command(folder, steps, 'distribution=multi_worker',
                               'batch_norms=synchronized')
-    return [kills.start(arguments, env={**os.environ, 'TF_CONFIG': json.dumps(
+    more = [], [f'--set={setting}' for setting in of_second]
+    return [kills.start([*arguments, *more[index]], env={**os.environ, 'TF_CONFIG': json.dumps(
         {'cluster': cluster, 'task': {'type': 'worker', 'index': index}})}) for index in range(2)]
 
 
@@ -185,11 +191,19 @@ def by_two_workers(tmp_path_factory):
 
 
 def test_two_workers_train_what_one_process_trains(by_two_workers, tmp_path):
-    done = subprocess.run(kills.command(str(tmp_path), 1), capture_output=True, timeout=300)
+    """The losses of five steps, until PGD's sign has made too much of the rounding."""
+    done = subprocess.run(kills.command(str(tmp_path), 5), capture_output=True, timeout=300)
     assert done.returncode == 0
-    theirs, ours = kills.log(by_two_workers)[0], kills.log(tmp_path)[0]
-    assert theirs['loss'] == pytest.approx(ours['loss'], rel=1e-3)
-    assert theirs['accuracy_nat'] == ours['accuracy_nat']
+    for theirs, ours in zip(kills.log(by_two_workers), kills.log(tmp_path)):
+        assert theirs['loss'] == pytest.approx(ours['loss'], rel=5e-3)
+
+
+@pytest.mark.slow
+def test_workers_that_differ_are_refused(tmp_path):
+    found = ended(workers(str(tmp_path), 5, ['weight_decay=0.1']))
+    for status, stdout, stderr in found:
+        assert status == 2 and 'the workers have different configurations' in stderr
+        assert 'Step' not in stdout
 
 
 @pytest.mark.slow
@@ -201,7 +215,7 @@ def test_a_lost_worker_ends_all_and_the_restart_resumes(by_two_workers, tmp_path
     begin = time.monotonic()
     status, _, stderr = ended([processes[1 - lost]])[0]
     processes[lost].communicate()
-    assert status == train.STOPPED and time.monotonic() - begin < 100
+    assert status == STOPPED and time.monotonic() - begin < 100
     assert re.search(r'^train\.py: a worker was lost .* goes on from', stderr, re.MULTILINE)
     (chief, stdout, stderr), (other, *_) = ended(workers(str(tmp_path), 20))
     assert chief == other == 0, stderr
@@ -214,7 +228,7 @@ def test_a_signal_to_one_worker_saves_and_ends_both(by_two_workers, tmp_path):
     until(processes[0], 'Step 6:')
     processes[1].send_signal(signal.SIGTERM)
     (chief, stdout, _), (other, *_) = ended(processes)
-    assert chief == other == train.STOPPED
+    assert chief == other == STOPPED
     step = int(re.search(r'Stopped after (\d+) steps', stdout)[1])
     assert tf.train.latest_checkpoint(str(tmp_path)).endswith(f'checkpoint-{step}')
     assert all(status == 0 for status, *_ in ended(workers(str(tmp_path), 20)))

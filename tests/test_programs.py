@@ -86,7 +86,7 @@ def test_checkpoints_whose_state_file_is_lost_are_not_written_over(trained, tmp_
     shutil.copy(os.path.join(trained[0], 'checkpoint-6.index'), tmp_path)
     status, _, stderr = program('train.py', settings=[*SETTINGS, f'model_dir={tmp_path}'])
     assert status != 0 and len(stderr) == 1 and 'holds checkpoints' in stderr[0]
-    assert os.listdir(tmp_path) == ['checkpoint-6.index']
+    assert sorted(os.listdir(tmp_path)) == ['checkpoint-6.index', 'lock']
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -130,7 +130,7 @@ def test_watch_evaluates_each_new_checkpoint_until_it_is_stopped(trained, tmp_pa
     for name in names:
         shutil.copy(os.path.join(trained[0], name.format(6)), tmp_path)
     shutil.copy(os.path.join(trained[0], 'config.json'), tmp_path)
-    tf.compat.v1.train.update_checkpoint_state(str(tmp_path), 'checkpoint-6')
+    (tmp_path / 'checkpoint-9.index').write_bytes(b'cut short')  # named, and passed over
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, 'eval.py'), '--watch', '--model_dir', str(tmp_path),
          '--attack', 'clean', '--inference', 'pn'], stdout=subprocess.PIPE, text=True,
@@ -144,13 +144,12 @@ def test_watch_evaluates_each_new_checkpoint_until_it_is_stopped(trained, tmp_pa
             assert letter, process.stderr.read()
             seen += letter
         if step == 6:
-            for name in names:
+            for name in reversed(names):
                 shutil.copy(os.path.join(trained[0], name.format(7)), tmp_path)
-            tf.compat.v1.train.update_checkpoint_state(str(tmp_path), 'checkpoint-7')
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and 'Traceback' not in stderr
-    assert 'eval.py: stopped' in stderr
+    assert 'eval.py: stopped' in stderr and 'checkpoint-9 is damaged and passed over' in stderr
 
 
 def test_stored_attack_is_scored_as_eval_scores_it(trained, tmp_path):

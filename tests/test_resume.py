@@ -5,14 +5,17 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 import tensorflow as tf
 
 import kills
-from config import UserError, load_config, store_config
-from conftest import CHECKPOINT
+from config import STOPPED, UserError, load_config, store_config
+from conftest import CHECKPOINT, ROOT
 from model import checkpoints, damage, find_checkpoint
+import resume
+from resume import take_lock
 import spoil
 import train
 
@@ -57,7 +60,7 @@ def test_stopped_and_started_again_it_ends_as_if_it_never_had_been(whole, tmp_pa
     if number == signal.SIGKILL:
         assert process.returncode == -9
     else:
-        assert process.returncode == train.STOPPED and 'Traceback' not in stderr
+        assert process.returncode == STOPPED and 'Traceback' not in stderr
         done = kills.last_step(stdout) + 1
         assert f'Stopped after {done} steps' in stdout
         assert checkpoints(folder)[0].endswith(f'checkpoint-{done}')
@@ -76,9 +79,13 @@ def test_log_and_curves_are_cut_back_to_the_checkpoint(copied, whole):
         f.write(b'{"step": 3')
     events, = (f'{copied}/{name}' for name in os.listdir(copied) if name.startswith('events'))
     os.truncate(events, os.path.getsize(events) - 5)
+    left = ['cut.tmp', 'checkpoint-25.index.tempstate123', 'checkpoint.tmp0a']  # by other kills
+    for name in left:
+        shutil.copy(events, f'{copied}/{name}')
     status, stdout, stderr = run(copied)
     assert status == 0 and kills.resumed_from(stdout) == 20, stderr
     assert kills.differences(copied, whole, STEPS) == []
+    assert not set(left) & set(os.listdir(copied))
     assert [line['step'] for line in kills.log(copied)] == list(range(STEPS))
     steps = [(tag, step) for tag, step, _ in kills.curves(copied)]
     assert len(steps) == len(set(steps)) and {step for _, step in steps} == set(range(0, STEPS, 4))
@@ -127,7 +134,7 @@ def test_evaluation_passes_over_damage_too(copied, capsys):
 
 
 def test_a_second_process_is_refused(copied):
-    lock = train.take_lock(f'{copied}/lock')
+    lock = take_lock(f'{copied}/lock')
     status, _, stderr = run(copied, steps=STEPS + 5)
     assert status == 2 and len(stderr) == 1
     assert f'process {os.getpid()} on ' in stderr[0] and copied in stderr[0]
@@ -152,12 +159,16 @@ def test_what_may_change_names_keys_that_there_are():
     assert set(train.MAY_CHANGE) < set(load_config())
 
 
-@pytest.mark.parametrize('limit', [300_000, 640_000])
+@pytest.mark.parametrize('limit', [20_000, 300_000, 640_000])
 def test_a_disk_that_is_full_ends_the_run_in_one_line(whole, tmp_path, limit):
     """A limit on the size of files stands in for it: 604 kB make a checkpoint."""
     folder = str(tmp_path / 'model')
-    if limit > 300_000:
-        shutil.copytree(whole, folder)  # it goes on, and the log cannot grow
+    if limit == 20_000:
+        shutil.copytree(whole, folder)  # it goes on from 20, and the curves cannot be cut back
+        for path in (f'{folder}/checkpoint-{step}.index' for step in (25, 30)):
+            os.remove(path)
+    if limit == 640_000:
+        shutil.copytree(whole, folder)  # it goes on from 30, and the log cannot grow
         with open(f'{folder}/log.jsonl', 'a') as f:
             f.write(json.dumps({'step': 0, 'filler': ' ' * (limit - f.tell() - 30)}) + '\n')
     before = [damage(prefix) for prefix in checkpoints(folder)]
@@ -167,6 +178,48 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(whole, tmp_path, limit):
     assert status == 2 and len(stderr) == 1 and folder in stderr[0] and 'too large' in stderr[0]
     assert [damage(prefix) for prefix in checkpoints(folder)] == before == [None] * len(before)
     assert not any('tempstate' in name or name.endswith('.tmp') for name in os.listdir(folder))
+
+
+def test_a_disk_that_the_curves_filled_is_noticed(tmp_path, monkeypatch):
+    resume.refuse_full_disk(str(tmp_path))
+    full = os.statvfs_result((4096, 4096, 1000, 5, 0, 1000, 5, 5, 0, 255))
+    monkeypatch.setattr(os, 'statvfs', lambda _: full)
+    with pytest.raises(OSError, match='No space left') as error:
+        resume.refuse_full_disk(str(tmp_path))
+    assert error.value.filename == str(tmp_path)
+
+
+def test_a_reader_that_is_gone_costs_nothing(tmp_path):
+    """train.py 2>&1 | tee: Ctrl-C ends tee, too, and first."""
+    process = kills.start(kills.command(str(tmp_path), 4000))
+    while 'Step 3:' not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == STOPPED
+    newest = int(checkpoints(str(tmp_path))[0].rpartition('-')[2])
+    assert newest > 3 and kills.log(tmp_path)[-1]['step'] == newest - 1
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_even_a_long_step_at_once(number):
+    """Not one that comes right after the first. The main thread is busy outside of Python."""
+    process = subprocess.Popen(
+        [sys.executable, '-c', 'from resume import stop_on_signals; import zlib\n'
+         'stop_on_signals(); print("ready", flush=True); b = bytes(10 ** 9); zlib.compress(b, 9)\n'
+         'zlib.compress(b, 9)'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while 'ready' not in process.stdout.readline():
+        pass
+    process.send_signal(number)
+    while 'once more to stop at once' not in process.stderr.readline():
+        pass
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(resume.PATIENCE + 0.2)
+    process.send_signal(number)
+    assert process.wait(2) == 128 + number
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run_in_one_line(tmp_path):
