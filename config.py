@@ -21,6 +21,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # a quiet start
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 MAX_INTEGER = 2 ** 31 - 1
 MAX_JSON_BYTES = 2 ** 22  # of a JSON file; config.json has 1,500
+STOPPED = 75  # exit status of a training that a signal stopped: EX_TEMPFAIL of sysexits.h
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 ADVERSARIES = ('pgd', 'trades')
 DISTRIBUTIONS = ('none', 'mirrored', 'multi_worker')
@@ -29,11 +30,6 @@ ATTACKS = ('clean', 'fgsm', 'pgd', 'cw', 'deepfool', 'shaping', 'adaptive', 'ada
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')
-
-
-# Exit status of a training that a signal stopped and that the same command goes on with: the
-# EX_TEMPFAIL of sysexits.h
-STOPPED = 75
 
 
 class UserError(ValueError):

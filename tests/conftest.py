@@ -6,8 +6,10 @@ FUZZ_FACTOR=N in the environment makes every test with random inputs try N times
 """
 import collections
 import functools
+import io
 import os
 import sys
+import zipfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -47,6 +49,15 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section(f'fuzzed: {sum(FUZZED.values()):,} inputs')
         for name, number in FUZZED.items():
             terminalreporter.write_line(f'{number:9,} {name}')
+
+
+def archive(entries, compression=zipfile.ZIP_DEFLATED):
+    """Returns a zip archive of (name or ZipInfo, contents) pairs."""
+    f = io.BytesIO()
+    with zipfile.ZipFile(f, 'w', compression) as z:
+        for name, contents in entries:
+            z.writestr(name, contents)
+    return f.getvalue()
 
 
 @pytest.fixture(scope='session')

@@ -1,7 +1,6 @@
 """Fetching a released model: from servers and in archives that misbehave, and in a good one."""
 import hashlib
 import http.server
-import io
 import os
 import re
 import signal
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from conftest import CHECKPOINT, ROOT
+from conftest import CHECKPOINT, ROOT, archive
 import fetch_model
 from fetch_model import check_url, download, find_checkpoints, unpack
 from model import Model
@@ -112,15 +111,6 @@ def random_model(folder='natural/', seed=0):
     return [(f'{folder}checkpoint', b'model_checkpoint_path: "checkpoint-70000"\n'),
             (f'{folder}checkpoint-70000.index', b'index'),
             (f'{folder}checkpoint-70000.data-00000-of-00001', data)]
-
-
-def archive(entries, compression=zipfile.ZIP_DEFLATED):
-    """Returns a zip archive of (name or ZipInfo, contents) pairs."""
-    f = io.BytesIO()
-    with zipfile.ZipFile(f, 'w', compression) as z:
-        for name, contents in entries:
-            z.writestr(name, contents)
-    return f.getvalue()
 
 
 def as_type(name, kind, system=3):

@@ -30,7 +30,7 @@ import pytest
 
 from cifar10_input import load_pickles
 from config import FIELDS, UserError, check_config, load_config, parse_setting
-from conftest import ROOT, fuzz
+from conftest import ROOT, archive, fuzz
 import fetch_model
 from fetch_model import find_checkpoints, unpack
 from run_attack import load_examples
@@ -530,15 +530,6 @@ def test_a_key_given_twice_within_a_setting_is_refused_as_in_a_file():
 
 
 # ---- archives
-
-
-def archive(entries, compression=zipfile.ZIP_DEFLATED):
-    """Returns a zip archive of (name or ZipInfo, contents) pairs."""
-    f = io.BytesIO()
-    with zipfile.ZipFile(f, 'w', compression) as z:
-        for name, contents in entries:
-            z.writestr(name, contents)
-    return f.getvalue()
 
 
 MODEL = [('m/', b''), ('m/checkpoint', b'model_checkpoint_path: "x"\n'),
