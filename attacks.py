@@ -11,10 +11,11 @@ import tensorflow as tf
 
 from apgd import LOSSES, apgd, averaged, loss_gradient
 from cifar10_input import eval_examples
-from pgd_attack import LinfPGDAttack
+from pgd_attack import LinfPGDAttack, random_bits
 from shaping import MAX_GRADIENT_IMAGES, ShapedInference, ShapedPGDAttack, num_clean, queries_of
 
 MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
+RANDOM_DRAWS = 1000
 CLEVERHANS_CW = {'binary_search_steps': 5, 'num_steps': 1000, 'learning_rate': 5e-3,
                  'initial_const': 1e-2, 'confidence': 0, 'abort_early': True}
 CLEVERHANS_DEEPFOOL = {'num_steps': 50, 'candidates': 10, 'overshoot': 0.02}
@@ -38,6 +39,7 @@ def make_attack(name, model, data, config, num_draws=1):
             'adaptive_weak': the same through other training samples; see adaptive_attack.
             'apgd': Auto-PGD with population norms, on cross-entropy and on DLR; see apgd_attack.
             'apgd_eot': the same through eot_draws fresh draws of clean samples at every step.
+            'random': the strongest of 1,000 random perturbations; see random_attack.
         data: a CIFAR10Data. config: the configuration.
         num_draws: under how many draws bn_shaping will classify each batch.
 
@@ -50,6 +52,8 @@ def make_attack(name, model, data, config, num_draws=1):
         return lambda start, end: tf.cast(images[start:end], tf.float32), {'epsilon': 0.}
     if name in MINIMUM_NORM:
         return minimum_norm_attack(name, model, images, labels)
+    if name == 'random':
+        return random_attack(model, images, labels, config)
     if name in ('apgd', 'apgd_eot'):
         return apgd_attack(name, model, data, config)
     if name in ('adaptive', 'adaptive_weak'):
@@ -79,6 +83,33 @@ def num_examples(name, config):
     """Returns on how many of the evaluation examples, the first ones, an attack is run."""
     n = config['num_eval_examples']
     return min(config['num_attack_examples'].get(name, n), n)
+
+
+def random_attack(model, images, labels, config):
+    """Returns (attack, settings): the strongest of RANDOM_DRAWS uniform perturbations in the ball.
+
+    A check of the others: whatever uses a gradient must be stronger. 'Strongest' is the largest
+    cross-entropy with population norms.
+    """
+    epsilon = config['epsilon']
+
+    @tf.function
+    def strongest(x_nat, y, seed):
+        best, best_loss = x_nat, tf.fill([len(x_nat)], -np.inf)
+        for draw in tf.range(RANDOM_DRAWS):
+            noise = 2. ** -31 * tf.cast(random_bits(x_nat, seed + [0, draw]), tf.float32)
+            x = tf.clip_by_value(x_nat + epsilon * noise, 0., 255.)
+            loss = tf.nn.sparse_softmax_cross_entropy_with_logits(y, model(x, training=False))
+            better = loss > best_loss
+            best = tf.where(better[:, None, None, None], x, best)
+            best_loss = tf.where(better, loss, best_loss)
+        return best
+
+    def perturb(start, end):
+        seed = tf.constant([config['np_random_seed'], RANDOM_DRAWS * start], tf.int32)
+        return strongest(tf.cast(images[start:end], tf.float32), labels[start:end], seed)
+
+    return perturb, {'epsilon': epsilon, 'random_draws': RANDOM_DRAWS, 'norms': 'pn'}
 
 
 def shaping_attack(attack, images, labels, config):

@@ -26,7 +26,7 @@ TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_atta
 ADVERSARIES = ('pgd', 'trades')
 DISTRIBUTIONS = ('none', 'mirrored', 'multi_worker')
 ATTACKS = ('clean', 'fgsm', 'pgd', 'cw', 'deepfool', 'shaping', 'adaptive', 'adaptive_weak', 'apgd',
-           'apgd_eot')
+           'apgd_eot', 'random')
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')

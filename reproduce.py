@@ -9,7 +9,10 @@ figure is kept in MODEL_DIR/cells as soon as it is known, with the settings that
 is done is never done again, so the program can be stopped and started at any time. Another setting
 makes other cells beside the old ones. The finished batches of a figure that is not known yet are
 kept, too, in MODEL_DIR/cells/unfinished, which may be removed at any time.
+
+    python reproduce.py table1 --stored results/DIR     # again, from the cells kept there alone
 """
+import glob
 import hashlib
 import importlib.util
 import json
@@ -22,8 +25,8 @@ import sys
 from absl import flags
 import numpy as np
 
-from config import (FIELDS, STOPPED, Terminated, UserError, config_from_flags, read_json, run,
-                    store_config)
+from config import (FIELDS, STOPPED, Terminated, UserError, config_from_flags, load_config,
+                    read_json, run, store_config)
 import tensorflow as tf
 
 from attacks import make_attack, num_examples
@@ -35,7 +38,7 @@ from model import build_model, newest_whole
 from shaping import INFERENCE_MODES, num_clean
 from unfinished import checkpoint_digest, data_digest, path_of, relevant, remove
 
-TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'sweeps')
+TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'sweeps', 'seeds')
 MODES = {'adv_only': 'adv. only', 'shaping_in_training': 'shaping in training',
          'shaping_in_attack_and_training': 'shaping in attack + training'}
 MAIN = 'shaping_in_attack_and_training'
@@ -81,6 +84,8 @@ PAPER_RATIOS = {1: (0.477, 0.478, 0.476, 0.476, 0.477, 0.476),
                 7: (0.039, 0.138, 0.706, 0.781, 0.776, 0.779)}
 PAPER_CONFOUNDINGS = (0.63, 0.17, 0.41)  # sections IV, IV and V
 
+SEEDS = 2
+SEED_ROWS = ('clean', 'pgd', 'fgsm', 'shaping', 'apgd', 'adaptive')
 SWEEP_EXAMPLES = 500  # at most: the sweeps are a check of the attacks, not a result
 SWEEP_STEPS = (1, 2, 5, 10, 20, 50, 100)
 SWEEP_EPSILONS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -89,10 +94,11 @@ SWEEP_EPSILONS = (0, 1, 2, 4, 8, 16, 32, 64)
 # ---- what there is to train
 
 
-def training(config, adversary, mode, ratio=None):
+def training(config, adversary, mode, ratio=None, seed=0):
     """Returns (name, configuration) of one of the paper's trainings, in model_dir/name.
 
     Args:
+        seed: added to both seeds of the configuration.
         ratio: n of n:1; default: shaping_ratio. Where training_batch_size does not fit it, the next
             smaller size that does is taken (63 for 2:1; the paper does not say what it did).
     """
@@ -106,6 +112,9 @@ def training(config, adversary, mode, ratio=None):
                             f'{ratio + 1} would fit a ratio of {ratio}:1')
         config |= {'shaping_ratio': ratio, 'training_batch_size': size}
         name += f'_{ratio}to1'
+    if seed:
+        name += f'_seed{seed}'
+        config |= {key: config[key] + seed for key in ('tf_random_seed', 'np_random_seed')}
     return name, {**config, 'model_dir': os.path.join(config['model_dir'], name)}
 
 
@@ -118,7 +127,8 @@ def trainings_of(target, config):
         return dict(training(config, adversary, MAIN) for adversary in PAPER_TABLES)
     if target == 'table4':
         return dict(training(config, 'pgd', MAIN, ratio) for ratio in PAPER_RATIOS)
-    return dict(training(config, 'pgd', mode) for mode in ('adv_only', MAIN))
+    seeds = range(SEEDS) if target == 'seeds' else (0,)
+    return dict(training(config, 'pgd', mode, seed=s) for mode in ('adv_only', MAIN) for s in seeds)
 
 
 def train(name, config, base):
@@ -270,6 +280,32 @@ class Cells:
         return self.get(what, identity, compute)
 
 
+class StoredCells(Cells):
+    """The figures of one training as they lie in a folder, without weights, images or training.
+
+    Args:
+        name, config: of the training. folder: where the cells are.
+    """
+
+    def __init__(self, name, config, folder):
+        self.name, self.config, self.folder, self.kept = name, config, folder, {}
+        for path in glob.glob(os.path.join(glob.escape(folder), f'{name}-*.json')):
+            cell = read_json(path)
+            of_training, what, *_, identity = cell['identity']
+            self.kept[json.dumps([of_training, what, identity], sort_keys=True)] = cell
+
+    def get(self, what, identity, compute):
+        """Returns the cell `what` that is kept, of whatever weights and images.
+
+        Raises:
+            UserError: there is none with this identity.
+        """
+        key = json.dumps([self.name, what, identity], sort_keys=True)
+        if key not in self.kept:
+            raise UserError(f'{self.folder} holds no {what} of {self.name} with its configuration')
+        return self.kept[key]
+
+
 # ---- the tables
 
 
@@ -411,7 +447,8 @@ def sweep_results(config, cells):
     """Returns {(training, 'num_steps' or 'epsilon', value): {label: result}}.
 
     PGD made with population norms, judged by them and by bn_shaping; over epsilon also `adaptive`,
-    judged by bn_shaping. Over epsilon the step is a quarter of it.
+    judged by bn_shaping. Over epsilon the step is a quarter of it. Last, in PGD's place, the
+    strongest of many random perturbations.
     """
     n = min(SWEEP_EXAMPLES, config['num_eval_examples'])
     found = {}
@@ -427,6 +464,9 @@ def sweep_results(config, cells):
                 if key == 'epsilon':
                     found[name, key, value]['adaptive, bn_shaping'] = cells[name].attack(
                         'adaptive', ('bn_shaping',), **settings)['results'][0]
+        results = cells[name].attack('random', ('pn', 'bn_shaping'), num_eval_examples=n)['results']
+        found[name, 'random perturbations', results[0]['random_draws']] = {
+            'pgd, pn': results[0], 'pgd, bn_shaping': results[1]}
     return found
 
 
@@ -437,8 +477,25 @@ def sweeps_table(config, cells):
             shown(results[label], min(SWEEP_EXAMPLES, config['num_eval_examples']))
             if label in results else ''
             for label in ('pgd, pn', 'pgd, bn_shaping', 'adaptive, bn_shaping')])
-    return markdown(['training', 'attack', 'pgd under `pn`', 'pgd under `bn_shaping`',
-                     'adaptive under `bn_shaping`'], rows)
+    return markdown(['training', 'pgd with', 'under `pn`', 'under `bn_shaping`',
+                     'adaptive, under `bn_shaping`'], rows)
+
+
+def seeds_table(config, cells):
+    """Returns the two rows that the paper prints in colour as Markdown, each with SEEDS seeds.
+
+    The seeds are of the training, its data's order, and the evaluation's draws and starts.
+    """
+    header, columns = ['attack'], []
+    for mode, inference in (('adv_only', 'pn'), ('adv_only', 'bn_shaping'), (MAIN, 'pn'),
+                            (MAIN, 'bn_shaping')):
+        for seed in range(SEEDS):
+            name, _ = training(config, 'pgd', mode, seed=seed)
+            header.append(f'{MODES[mode]}, `{inference}`, seed {seed + 1}')
+            columns.append((name, INFERENCE_MODES.index(inference)))
+    rows = [[attack] + [shown(cells[name].attack(attack)['results'][i], config['num_eval_examples'])
+                        for name, i in columns] for attack in SEED_ROWS]
+    return markdown(header, rows)
 
 
 TABLES = {
@@ -449,7 +506,8 @@ TABLES = {
     'table3': ('Table III: adaptive attacks, under bn_shaping', table3),
     'table4': ('Table IV: shaping ratios in training and inference, under PGD', table4),
     'confoundings': ('The in-text experiments of sections IV and V', confoundings_table),
-    'sweeps': ('Accuracy against PGD steps and against epsilon', sweeps_table)}
+    'sweeps': ('Accuracy against PGD steps and against epsilon', sweeps_table),
+    'seeds': ('The default PGD training and norm shaping, with two seeds', seeds_table)}
 
 
 def caption(target, config):
@@ -597,31 +655,26 @@ def check(targets, config, data):
 def main(words):
     if not words:
         raise UserError(f'nothing to reproduce; one or more of {", ".join(TARGETS)} would fit')
-    config = config_from_flags()
+    targets = [target for target in TARGETS if target in words]
+    stored = flags.FLAGS.stored
+    if stored and (flags.FLAGS.config or flags.FLAGS.set):
+        raise UserError('--stored has a configuration of its own; neither --config nor --set fits')
+    config = load_config(os.path.join(stored, 'config.json')) if stored else config_from_flags()
     if config['training_mode'] != MAIN or config['adversary'] != 'pgd':
         raise UserError('training_mode and adversary are what the tables vary; the configuration '
                         f'must leave them at {MAIN} and pgd')
-    targets = [target for target in TARGETS if target in words]
-    if config['eval_on_cpu']:
-        tf.config.set_visible_devices([], 'GPU')
-    data = load_data(config)
-    check(targets, config, data)  # rather told now than after the trainings
-
-    # Train what is missing, before this process takes a GPU for the evaluation
     needed = {}
     for target in targets:
         needed |= trainings_of(target, config)
-    for name, of_training in needed.items():
-        train(name, of_training, config)
+    if stored:
+        folder = stored
+        cells = {name: StoredCells(name, of_training, os.path.join(stored, 'cells'))
+                 for name, of_training in needed.items()}
+    else:
+        folder = os.path.join(config['model_dir'], 'tables')
+        cells = train_and_load(targets, needed, config, folder)
 
     # Evaluate what is missing; print and draw
-    folder = os.path.join(config['model_dir'], 'tables')
-    os.makedirs(folder, exist_ok=True)
-    store_config(config, os.path.join(folder, 'config.json'))
-    model, digest = build_model(config, data.num_classes), data_digest(data)
-    cells = {name: Cells(name, of_training, data, digest, model,
-                         os.path.join(config['model_dir'], 'cells'))
-             for name, of_training in needed.items()}
     for target in targets:
         title, make = TABLES[target]
         text = f'## {title}\n\n{caption(target, config)}\n\n{make(config, cells)}\n'
@@ -632,5 +685,27 @@ def main(words):
     draw_figures(targets, config, cells, folder)
 
 
+def train_and_load(targets, needed, config, folder):
+    """Trains what is missing; returns {name: Cells} of the trainings that are needed.
+
+    Args:
+        needed: {name: configuration}. folder: of the tables; the configuration is stored there.
+    """
+    if config['eval_on_cpu']:
+        tf.config.set_visible_devices([], 'GPU')
+    data = load_data(config)
+    check(targets, config, data)  # rather told now than after the trainings
+    for name, of_training in needed.items():  # before this process takes a GPU for the evaluation
+        train(name, of_training, config)
+    os.makedirs(folder, exist_ok=True)
+    store_config(config, os.path.join(folder, 'config.json'))
+    model, digest = build_model(config, data.num_classes), data_digest(data)
+    return {name: Cells(name, of_training, data, digest, model,
+                        os.path.join(config['model_dir'], 'cells'))
+            for name, of_training in needed.items()}
+
+
 if __name__ == '__main__':
+    flags.DEFINE_string('stored', None, 'Folder with config.json and cells/, as results/ has them: '
+                        'makes tables and figures of these alone, in that folder.')
     run(main, TARGETS)

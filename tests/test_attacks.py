@@ -4,6 +4,7 @@ import pytest
 import tensorflow as tf
 
 import apgd
+import attacks
 from attacks import apgd_attack, make_attack, minimum_norm_attack
 from config import UserError
 from pgd_attack import LinfPGDAttack
@@ -41,6 +42,22 @@ def test_minimum_norm_attacks_find_the_nearest_boundary(linear, name, excess):
     found = np.linalg.norm((x_adv - images).reshape(6, -1), axis=1) / 255
     assert (found >= distances * 0.999).all() and (found <= distances * (1 + excess)).all()
     assert settings['epsilon'] is None and settings['norms'] == 'pn'
+
+
+def test_random_is_the_strongest_of_its_draws_and_weaker_than_pgd(
+        linear, small_config, monkeypatch):
+    model, images, labels, _ = linear
+    def loss(x):
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, model(x)).numpy()
+    losses = []
+    for draws in (1, 4, 16, 64):
+        monkeypatch.setattr(attacks, 'RANDOM_DRAWS', draws)
+        attack, settings = attacks.random_attack(model, images, labels, small_config())
+        losses.append(loss(attack(0, 6)))
+        assert settings['random_draws'] == draws
+    assert (np.diff(losses, axis=0) >= 0).all() and (losses[-1] > losses[0]).all()
+    x_adv = LinfPGDAttack(model, 8., 10, 2., True, 'xent', False).perturb(images, labels, 0)
+    assert (loss(x_adv) > losses[-1]).all()
 
 
 def test_samples_that_are_wrong_already_come_back_as_they_are(linear):

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -35,9 +36,12 @@ def test_trainings_are_the_papers(small_config):
     trainings = {}
     for target in reproduce.TARGETS:
         trainings |= reproduce.trainings_of(target, config)
-    assert len(trainings) == 9  # three modes twice, and three more ratios
+    assert len(trainings) == 11  # three modes twice, three more ratios, two with another seed
     two = trainings['pgd_shaping_in_attack_and_training_2to1']
     assert (two['training_batch_size'], two['shaping_ratio']) == (63, 2)
+    again = trainings['pgd_adv_only_seed1']
+    assert {key for key in again if again[key] != trainings['pgd_adv_only'][key]} == {
+        'model_dir', 'tf_random_seed', 'np_random_seed'}
     for name, of_training in trainings.items():
         assert of_training['model_dir'] == os.path.join('m', name)
         assert name.startswith(f'{of_training["adversary"]}_{of_training["training_mode"]}')
@@ -73,6 +77,16 @@ def test_a_cell_is_computed_once_and_again_only_for_other_settings(cells, monkey
     right = first['right'][0]
     assert right.count('1') / 20 == first['results'][0]['accuracy'] and len(right) == 20
     assert len(os.listdir(cells.folder)) == 3
+
+
+def test_stored_cells_give_the_same_figures_without_weights_or_images(cells):
+    clean, pgd = cells.attack('clean'), cells.attack('pgd', num_steps=1)
+    stored = reproduce.StoredCells(cells.name, cells.config, cells.folder)
+    assert stored.attack('clean') == clean and stored.attack('pgd', num_steps=1) == pgd
+    with pytest.raises(UserError, match='holds no pgd-num_steps-3 of pgd_adv_only'):
+        stored.attack('pgd', num_steps=3)
+    with pytest.raises(UserError, match='holds no clean of pgd_shaping'):
+        reproduce.StoredCells('pgd_shaping', cells.config, cells.folder).attack('clean')
 
 
 def test_a_stop_in_the_middle_of_a_cell_leaves_no_cell(cells, monkeypatch):
@@ -172,11 +186,21 @@ def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(
     assert table4 in again
     kept = [json.loads(path.read_text()) for path in (tmp_path / 'm' / 'cells').iterdir()]
     assert all('identity' in cell for cell in kept)
+    (tmp_path / 's').mkdir()
+    shutil.copytree(tmp_path / 'm' / 'cells', tmp_path / 's' / 'cells')
+    shutil.copy(tmp_path / 'm' / 'tables' / 'config.json', tmp_path / 's')
+    status, _, errors = program('reproduce.py', *targets, '--stored', str(tmp_path / 's'))
+    assert status == 0, errors
+    assert (tmp_path / 's' / 'table4.md').read_text() == table4
+    assert (tmp_path / 's' / 'table4_ratios.png').exists()
+    status, _, errors = program('reproduce.py', 'table1', '--stored', str(tmp_path / 's'))
+    assert status == 2 and len(errors) == 1 and 'holds no' in errors[0]
 
 
 @pytest.mark.parametrize('arguments, settings, fault', [
     ([], [], 'nothing to reproduce; one or more of table1, table2'),
-    (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, sweeps"),
+    (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, sweeps, "
+                     'seeds'),
     (['table1'], ['training_mode=natural'], 'training_mode and adversary are what the tables vary'),
     (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; at most 2000'),
     (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and table4 asks for 49:1'),
