@@ -38,8 +38,6 @@ MAY_CHANGE = ('model_dir', 'data_path', 'max_num_training_steps', 'num_output_st
               'num_summary_steps', 'num_checkpoint_steps', 'num_eval_examples', 'eval_batch_size',
               'eval_on_cpu', 'store_adv_path', 'inference_shaping_ratio', 'shaping_batch_size',
               'xla', 'fgsm_epsilon', 'apgd_num_steps', 'eot_draws', 'num_attack_examples')
-
-
 NUM_REPLICAS = 'num_replicas'  # in the checkpoints of several
 PROFILE_STEPS = 10
 
@@ -360,7 +358,8 @@ def train(config, strategy):
     if sum_over_replicas(digest) != digest * strategy.num_replicas_in_sync:
         raise UserError('the workers have different configurations; the same but for model_dir and '
                         'data_path would fit')
-    profile_from = start + 1 if flags.FLAGS.profile else None  # the first step traces the graph
+    # The first step is left out: it also traces the graph
+    profiled = range(start + 1, start + 1 + PROFILE_STEPS) if flags.FLAGS.profile else range(0)
     if flags.FLAGS.profile and max_num_training_steps - start <= PROFILE_STEPS:
         raise UserError(f'--profile takes {PROFILE_STEPS} steps after the first; '
                         f'{max(0, max_num_training_steps - start)} are left')
@@ -413,7 +412,7 @@ def train(config, strategy):
     bar = tqdm(total=max_num_training_steps, initial=start, unit='step',
                disable=not (chief and sys.stderr.isatty()))
     for ii in range(start, max_num_training_steps):
-        if ii == profile_from:
+        if ii in profiled[:1]:
             with in_one_line(f'the profile in {model_dir}'):
                 tf.profiler.experimental.start(model_dir)
         x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
@@ -464,12 +463,10 @@ def train(config, strategy):
                     write_summaries(metrics, nat_accuracy, images, tail, ii)
                 summary_writer.flush()
             refuse_full_disk(model_dir)
-        if profile_from is not None and (ii + 1 == profile_from + PROFILE_STEPS
-                                         or stop and profile_from <= ii < profile_from
-                                         + PROFILE_STEPS):
+        if ii in profiled and (stop or ii == profiled[-1]):
             with in_one_line(f'the profile in {model_dir}'):
                 tf.profiler.experimental.stop()
-            report.append(f'Profile of steps {profile_from} to {ii}: tensorboard --logdir '
+            report.append(f'Profile of steps {profiled[0]} to {ii}: tensorboard --logdir '
                           f'{model_dir}')
 
         # Write a checkpoint
