@@ -42,6 +42,21 @@ def wilson_interval(num_correct, n, z=1.959964):
     return max(0., centre - half), min(1., centre + half)
 
 
+def paired_difference(a, b, z=1.959964):
+    """Returns the accuracy of a less that of b and its 95% interval, (difference, [low, high]).
+
+    Args:
+        a, b: bool [n], which of the same samples were right. Pairs that agree say nothing of the
+            difference, so that the interval is narrower than two separate ones.
+
+    Wald's interval with half a pair added to each kind of disagreement (Agresti and Min, 2005).
+    """
+    n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
+    centre = (only_a - only_b) / (n + 2)
+    half = z * ((only_a + only_b + 1) - (only_a - only_b) ** 2 / (n + 2)) ** 0.5 / (n + 2)
+    return (only_a - only_b) / n, [max(-1., centre - half), min(1., centre + half)]
+
+
 def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None):
     """Returns a list of results, one for each attack and inference mode, then the worst cases.
 

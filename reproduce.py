@@ -32,60 +32,27 @@ import tensorflow as tf
 from attacks import make_attack, num_examples
 from cifar10_input import eval_examples, load_data
 from confoundings import excess, logit_errors, perturbation_sizes
-from eval import evaluate_attack, make_judges, worst_cases
+from eval import (WORST_IN_BALL, evaluate_attack, make_judges, paired_difference,
+                  worst_cases)
 from files import replacing
 from model import build_model, newest_whole
+from paper import (ADV, CLAIMS, INFERENCE_RATIOS, MAIN, PAPER_ADAPTIVE, PAPER_CONFOUNDINGS,
+                   PAPER_RATIOS, PAPER_TABLES, SAME, TRAINING, paper_accuracy)
+from population_norms import RULES, set_population_norms
 from shaping import INFERENCE_MODES, num_clean
 from unfinished import checkpoint_digest, data_digest, path_of, relevant, remove
 
-TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'sweeps', 'seeds')
-MODES = {'adv_only': 'adv. only', 'shaping_in_training': 'shaping in training',
-         'shaping_in_attack_and_training': 'shaping in attack + training'}
-MAIN = 'shaping_in_attack_and_training'
+TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'sweeps', 'seeds', 'norms',
+           'gap', 'claims')
+MODES = {ADV: 'adv. only', TRAINING: 'shaping in training', MAIN: 'shaping in attack + training'}
 ATTACK_ROWS = ('clean', 'pgd', 'cw', 'fgsm', 'deepfool', 'shaping')  # the paper's, in its order
 OWN_ROWS = ('apgd', 'adaptive', 'apgd_eot')                           # beyond Tables I and II
-
-# The paper's Tables I and II: {training mode: {attack: accuracy under bn, pn, bn_shaping}}
-PAPER_TABLES = {
-    'pgd': {
-        'adv_only': {
-            'clean': (0.877, 0.869, 0.873), 'pgd': (0.501, 0.47, 0.504),
-            'cw': (0.865, 0.821, 0.864), 'fgsm': (0.391, 0.376, 0.395),
-            'deepfool': (0.503, 0.071, 0.515), 'shaping': (0.606, 0.614, 0.600)},
-        'shaping_in_training': {
-            'clean': (0.932, 0.922, 0.932), 'pgd': (0.142, 0.0, 0.384),
-            'cw': (0.92, 0.0, 0.896), 'fgsm': (0.263, 0.502, 0.544),
-            'deepfool': (0.929, 0.051, 0.903), 'shaping': (0.696, 0.727, 0.447)},
-        'shaping_in_attack_and_training': {
-            'clean': (0.941, 0.944, 0.942), 'pgd': (0.281, 0.030, 0.816),
-            'cw': (0.905, 0.069, 0.904), 'fgsm': (0.552, 0.597, 0.740),
-            'deepfool': (0.914, 0.037, 0.911), 'shaping': (0.481, 0.494, 0.533)}},
-    'trades': {
-        'adv_only': {
-            'clean': (0.890, 0.888, 0.889), 'pgd': (0.476, 0.462, 0.481),
-            'cw': (0.880, 0.845, 0.880), 'fgsm': (0.351, 0.347, 0.359),
-            'deepfool': (0.521, 0.066, 0.521), 'shaping': (0.522, 0.533, 0.539)},
-        'shaping_in_training': {
-            'clean': (0.937, 0.925, 0.938), 'pgd': (0.298, 0.028, 0.529),
-            'cw': (0.933, 0.053, 0.925), 'fgsm': (0.348, 0.467, 0.489),
-            'deepfool': (0.941, 0.052, 0.924), 'shaping': (0.729, 0.851, 0.472)},
-        'shaping_in_attack_and_training': {
-            'clean': (0.945, 0.945, 0.944), 'pgd': (0.202, 0.004, 0.817),
-            'cw': (0.899, 0.026, 0.899), 'fgsm': (0.510, 0.546, 0.737),
-            'deepfool': (0.908, 0.037, 0.914), 'shaping': (0.499, 0.521, 0.542)}}}
-# Table III, under bn_shaping
-PAPER_ADAPTIVE = {'adaptive_weak': {'pgd': 0.518, 'trades': 0.514},
-                  'adaptive': {'pgd': 0.508, 'trades': 0.505}}
-# Table IV: {n of n:1 in training: accuracy under PGD for each n of n:1 in inference}
-INFERENCE_RATIOS = (0, 1, 3, 9, 19, 49)
-PAPER_RATIOS = {1: (0.477, 0.478, 0.476, 0.476, 0.477, 0.476),
-                2: (0.385, 0.837, 0.835, 0.753, 0.668, 0.573),
-                3: (0.281, 0.692, 0.820, 0.817, 0.813, 0.815),
-                7: (0.039, 0.138, 0.706, 0.781, 0.776, 0.779)}
-PAPER_CONFOUNDINGS = (0.63, 0.17, 0.41)  # sections IV, IV and V
+FIRST_ROWS = ('clean', WORST_IN_BALL, 'apgd_eot', 'adaptive', 'apgd')  # what to believe comes first
 
 SEEDS = 2
 SEED_ROWS = ('clean', 'pgd', 'fgsm', 'shaping', 'apgd', 'adaptive')
+SAME_POINTS = 0.02  # up to which two accuracies count as the same
+GAP_ROWS = ('clean', 'pgd', 'adaptive')
 SWEEP_EXAMPLES = 500  # at most: the sweeps are a check of the attacks, not a result
 SWEEP_STEPS = (1, 2, 5, 10, 20, 50, 100)
 SWEEP_EPSILONS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -127,6 +94,11 @@ def trainings_of(target, config):
         return dict(training(config, adversary, MAIN) for adversary in PAPER_TABLES)
     if target == 'table4':
         return dict(training(config, 'pgd', MAIN, ratio) for ratio in PAPER_RATIOS)
+    if target == 'gap':
+        return dict([training(config, 'pgd', MAIN)])
+    if target == 'claims':
+        tables = ('table1', 'table2', 'table3', 'table4')
+        return {name: c for t in tables for name, c in trainings_of(t, config).items()}
     seeds = range(SEEDS) if target == 'seeds' else (0,)
     return dict(training(config, 'pgd', mode, seed=s) for mode in ('adv_only', MAIN) for s in seeds)
 
@@ -255,19 +227,23 @@ class Cells:
         remove([unfinished])
         return value
 
-    def attack(self, name, modes=INFERENCE_MODES, ratios=None, **settings):
+    def attack(self, name, modes=INFERENCE_MODES, ratios=None, norms='trained', **settings):
         """Returns one attack's cell: 'results', as eval.py has them, and who was right.
 
         Args:
             ratios: inference shaping ratios, one result for each; see eval.make_judges.
+            norms: how the population norms are got; one of population_norms.RULES.
             settings: keys of the configuration that are changed for this attack.
         """
         config = {**self.config, **settings}
         identity = {**relevant(config, name), 'num_examples': num_examples(name, config),
                     'modes': list(modes), 'ratios': ratios}
+        if norms != 'trained':
+            identity['population_norms'] = norms
 
         def compute(unfinished):
             model, data = self.load(), self.data
+            set_population_norms(model, data, config, norms)
             judges = make_judges(model, data, config, modes, ratios)
             results, right, in_ball = evaluate_attack(
                 name, make_attack(name, model, data, config), data, config, judges, 1, unfinished)
@@ -277,6 +253,8 @@ class Cells:
 
         what = name + ('-ratios' if ratios else '') + ''.join(
             f'-{key}-{value}' for key, value in settings.items())
+        if norms != 'trained':
+            what += f'-norms-{norms.replace(" ", "_")}'
         return self.get(what, identity, compute)
 
 
@@ -309,6 +287,11 @@ class StoredCells(Cells):
 # ---- the tables
 
 
+def right_of(cell, i=0):
+    """Returns which examples were right under a cell's judge i, bool [n]."""
+    return np.array(list(cell['right'][i])) == '1'
+
+
 def percent(value):
     return f'{100 * value:.1f}'
 
@@ -334,7 +317,7 @@ def markdown(header, rows):
 
 
 def main_table(adversary, config, cells):
-    """Returns Table I (pgd) or II (trades) as Markdown, our rows after the paper's.
+    """Returns Table I (pgd) or II (trades) as Markdown: the strongest attacks, then the rest.
 
     The worst cases are over the paper's attacks and ours, on the examples all were run on.
     """
@@ -347,11 +330,11 @@ def main_table(adversary, config, cells):
         of_attack = {attack: cells[name].attack(attack) for attack in ATTACK_ROWS + OWN_ROWS}
         results = [r for cell in of_attack.values() for r in cell['results']]
         judges = range(len(INFERENCE_MODES))
-        right = {a: {(INFERENCE_MODES[i], None): np.array([list(cell['right'][i])]) == '1'
-                     for i in judges} for a, cell in of_attack.items()}
+        right = {a: {(INFERENCE_MODES[i], None): right_of(cell, i)[None] for i in judges}
+                 for a, cell in of_attack.items()}
         in_ball = {a: np.array(list(cell['in_ball'])) == '1' for a, cell in of_attack.items()}
         results += worst_cases(right, in_ball, config)
-        for attack in dict.fromkeys(r['attack'] for r in results):
+        for attack in dict.fromkeys([*FIRST_ROWS, *(r['attack'] for r in results)]):
             three = [r for r in results if r['attack'] == attack]
             row = [label, row_label(three[0], config['num_eval_examples'])]
             paper = PAPER_TABLES[adversary][mode].get(attack)
@@ -498,6 +481,92 @@ def seeds_table(config, cells):
     return markdown(header, rows)
 
 
+def difference(value, interval):
+    """Returns '+7.1 [+5.3, +8.9]': a difference of accuracies and its interval, in points."""
+    low, high = interval
+    return f'{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]'
+
+
+def norms_table(config, cells):
+    """Returns clean and PGD accuracy by each way to get the population norms, as Markdown.
+
+    PGD goes through these population norms; its examples are then judged by them and, transferred,
+    by bn_shaping, which they are no part of.
+    """
+    rows = []
+    for mode in (ADV, MAIN):
+        name, _ = training(config, 'pgd', mode)
+        for rule, meaning in RULES.items():
+            clean = cells[name].attack('clean', ('pn',), norms=rule)
+            pgd = cells[name].attack('pgd', ('pn', 'bn_shaping'), norms=rule)
+            gain = paired_difference(right_of(pgd, 1), right_of(pgd, 0))
+            rows.append([f'`{name}`', meaning, shown(clean['results'][0]),
+                         *map(shown, pgd['results']), difference(*gain)])
+    return markdown(['training', 'population norms', 'clean, `pn`', 'pgd, `pn`',
+                     'pgd, `bn_shaping`', 'difference'], rows)
+
+
+def gap_table(config, cells):
+    """Returns the norm-shaped model under `pn` and under `bn_shaping` as Markdown."""
+    name, _ = training(config, 'pgd', MAIN)
+    rows, pn, shaped = [], INFERENCE_MODES.index('pn'), INFERENCE_MODES.index('bn_shaping')
+    for attack in GAP_ROWS:
+        cell = cells[name].attack(attack)
+        rows.append([attack, *(shown(cell['results'][i]) for i in (pn, shaped)), difference(
+            *paired_difference(right_of(cell, shaped), right_of(cell, pn)))])
+        paper = PAPER_TABLES['pgd'][MAIN].get(attack)
+        rows[-1].append(f'{100 * (paper[shaped] - paper[pn]):+.1f}' if paper else '')
+    return markdown(['attack', '`pn`', '`bn_shaping`', 'difference', 'paper'], rows)
+
+
+def right_in(of, config, cells):
+    """Returns which examples were right in what a claim names, bool [n]; see paper.py."""
+    if len(of) == 2:
+        name, _ = training(config, 'pgd', MAIN, of[0])
+        cell = cells[name].attack('pgd', ('bn_shaping',), INFERENCE_RATIOS)
+        return right_of(cell, INFERENCE_RATIOS.index(of[1]))
+    adversary, mode, attack, inference = of
+    cell = cells[training(config, adversary, mode)[0]].attack(attack)
+    return right_of(cell, INFERENCE_MODES.index(inference))
+
+
+def verdict(paper, interval, same=False):
+    """Returns what our difference's interval says of a claim that the paper has, in a word or two.
+
+    Args:
+        paper: its difference, the accuracy that it claims to be higher less the other one.
+        interval: ours. same: the claim is that there is none: less than SAME_POINTS.
+    """
+    low, high = interval
+    if same:
+        return ('seen' if -SAME_POINTS <= low and high <= SAME_POINTS else
+                'contradicted' if low > SAME_POINTS or high < -SAME_POINTS else 'not seen')
+    if low > 0:
+        return 'seen, smaller' if high < paper else 'seen'
+    return 'contradicted' if high < 0 else 'not seen'
+
+
+def claims_table(config, cells):
+    """Returns the paper's claims as Markdown: its difference, ours on the same samples, verdict.
+
+    Of an attack that was run on fewer samples, these.
+    """
+    rows = []
+    for section, words, more, *same, less in CLAIMS:
+        a, b = (right_in(of, config, cells) for of in (more, less))
+        n = min(len(a), len(b))
+        value, interval = paired_difference(a[:n], b[:n])
+        paper = paper_accuracy(more) - paper_accuracy(less)
+        few = f' (n = {n})' if n < config['num_eval_examples'] else ''
+        rows.append([section, words, f'{100 * paper:+.1f}', difference(value, interval) + few,
+                     verdict(paper, interval, same == [SAME])])
+    return markdown(['section', 'claim', 'paper', 'ours', 'at this scale'], rows) + (
+        '\n\nSeen: all of the interval is on the side of zero that is claimed (smaller: and the '
+        'paper\'s figure is beyond it). Contradicted: all is on the other side. Not seen: zero is '
+        f'in it. Where no difference is claimed, {100 * SAME_POINTS:g} points at most: seen, all '
+        'of the interval is within; contradicted, all is outside.')
+
+
 TABLES = {
     'table1': ('Table I: PGD-based adversarial training',
                lambda config, cells: main_table('pgd', config, cells)),
@@ -507,7 +576,10 @@ TABLES = {
     'table4': ('Table IV: shaping ratios in training and inference, under PGD', table4),
     'confoundings': ('The in-text experiments of sections IV and V', confoundings_table),
     'sweeps': ('Accuracy against PGD steps and against epsilon', sweeps_table),
-    'seeds': ('The default PGD training and norm shaping, with two seeds', seeds_table)}
+    'seeds': ('The default PGD training and norm shaping, with two seeds', seeds_table),
+    'norms': ('Population norms got in other ways', norms_table),
+    'gap': ('Norm shaping under `pn` and under `bn_shaping`', gap_table),
+    'claims': ('The paper\'s claims that are differences between its figures', claims_table)}
 
 
 def caption(target, config):
@@ -523,6 +595,8 @@ def caption(target, config):
         what = f'the first {min(n, SWEEP_EXAMPLES)} test images; 95% Wilson intervals'
     else:
         what += '; accuracy in %, [95% Wilson intervals]'
+    if target in ('norms', 'gap', 'claims'):
+        what += '; differences in points, [95% intervals of pairs of the same samples]'
     return (f'w{depth}-{config["width_factor"]}, {config["max_num_training_steps"]} steps of batch '
             f'{config["training_batch_size"]}, {data}, seed {config["tf_random_seed"]}; {what}.')
 

@@ -9,6 +9,8 @@ import pytest
 import tensorflow as tf
 
 import confoundings
+import paper
+import population_norms
 import reproduce
 from config import ATTACKS, UserError
 from pgd_attack import LinfPGDAttack
@@ -87,6 +89,102 @@ def test_stored_cells_give_the_same_figures_without_weights_or_images(cells):
         stored.attack('pgd', num_steps=3)
     with pytest.raises(UserError, match='holds no clean of pgd_shaping'):
         reproduce.StoredCells('pgd_shaping', cells.config, cells.folder).attack('clean')
+
+
+def test_the_papers_claims_are_its_figures():
+    for _, words, more, *same, less in paper.CLAIMS:
+        higher = paper.paper_accuracy(more) - paper.paper_accuracy(less)
+        assert abs(higher) <= 0.006 if same else higher > 0.005, words
+    assert len({words for _, words, *_ in paper.CLAIMS}) == len(paper.CLAIMS)
+
+
+@pytest.mark.parametrize('paper_says, interval, same, word', [
+    (0.3, (0.2, 0.4), False, 'seen'), (0.3, (0.31, 0.4), False, 'seen'),
+    (0.3, (0.1, 0.2), False, 'seen, smaller'), (0.3, (-0.1, 0.4), False, 'not seen'),
+    (0.3, (-0.2, -0.1), False, 'contradicted'),
+    (0., (-0.01, 0.02), True, 'seen'), (0., (-0.03, 0.01), True, 'not seen'),
+    (0., (-0.2, -0.1), True, 'contradicted'), (0., (0.03, 0.1), True, 'contradicted')])
+def test_a_verdict_is_the_place_of_the_interval(paper_says, interval, same, word):
+    assert reproduce.verdict(paper_says, interval, same) == word
+
+
+def test_claims_compare_the_same_samples(cells, monkeypatch):
+    """On one model in all places, each claim's difference is that of its two cells' samples."""
+    names = [name for target in ('table1', 'table2', 'table4')
+             for name in reproduce.trainings_of(target, cells.config)]
+    table = reproduce.claims_table({**cells.config, 'num_attack_examples': {'cw': 10}},
+                                   dict.fromkeys(names, FewAttacks(cells)))
+    rows = [line.split(' | ') for line in table.splitlines() if line.startswith(('| VI', '| ab'))]
+    assert len(rows) + 1 == len(paper.CLAIMS)  # the other one is of section IV
+    by_words = {row[1]: row for row in rows}
+    a, b = (reproduce.right_of(cells.attack('pgd'), i) for i in (2, 1))
+    value = 100 * (a.mean() - b.mean())
+    row = by_words['PGD: PGD breaks it under `pn`, not under `bn_shaping`']
+    assert row[2] == '+78.6' and row[3].startswith(f'{value:+.1f} [')
+    assert '(n = 10)' in by_words['PGD: it is more robust than the default under `cw`'][3]
+
+
+class FewAttacks:
+    """Cells in which the slow attacks are short ones under another name."""
+
+    def __init__(self, cells):
+        self.cells = cells
+
+    def attack(self, name, *args):
+        if name in ('cw', 'deepfool'):
+            cell = self.cells.attack('fgsm', *args)
+            return {'right': [right[:10] if name == 'cw' else right for right in cell['right']]}
+        return self.cells.attack('pgd' if name.startswith('adaptive') else name, *args)
+
+
+def test_each_rule_gives_the_population_norms_that_it_names(small_model, small_config, data,
+                                                            monkeypatch):
+    monkeypatch.setattr(population_norms, 'NUM_BATCHES', 60)
+    config = small_config(training_mode='natural', data_augmentation=False,
+                          max_num_training_steps=3)
+    norms = population_norms.population_norms(small_model)
+    weights = [v.numpy() for v in small_model.trainable_variables]
+    x, _ = data.train_data.get_batch(3, 16)
+    x = x.astype(np.float32)
+
+    def after(rule, **settings):
+        for v in norms:
+            v.assign(tf.ones_like(v))
+        population_norms.set_population_norms(small_model, data, {**config, **settings}, rule)
+        return [v.numpy() for v in norms]
+
+    assert all((v == 1).all() for v in after('trained'))
+    after('last batch')  # PN by the last batch's own statistics is BN, but for m / (m - 1)
+    np.testing.assert_allclose(small_model(x, training=False),
+                               small_model(x, update_population_norms=False), atol=0.02)
+    # Without an attack they are the same, with one they are not
+    def equal(a, b, tolerance=1e-4):
+        return all(np.allclose(u, v, rtol=tolerance, atol=tolerance) for u, v in zip(a, b))
+    moved = after('updates')
+    assert equal(after('again'), moved) and equal(after('clean images'), after('training batches'))
+    attacked = {'training_mode': 'adv_only'}
+    assert not equal(after('again', **attacked), after('updates', **attacked))
+    assert not equal(after('clean images'), after('training batches', **attacked), 1e-6)
+    # Moving averages are of the last batches, a mean of all: close, as the images are random
+    assert equal(moved, after('clean images'), 0.2) and not equal(moved, after('clean images'))
+    means = [np.asarray(tf.nn.conv2d(
+        small_model.standardize(tf.constant(data.train_data.get_batch(step, 16)[0], tf.float32)),
+        small_model.variables_by_name['input/init_conv/DW'].value, 1, 'SAME')).mean(axis=(0, 1, 2))
+        for step in range(3, 3 + population_norms.NUM_BATCHES)]
+    after('clean images')
+    name = 'unit_1_0/shared_activation/BatchNorm/moving_mean'
+    np.testing.assert_allclose(small_model.variables_by_name[name], np.mean(means, axis=0),
+                               atol=1e-4)
+    assert all((a == b.numpy()).all() for a, b in zip(weights, small_model.trainable_variables))
+
+
+def test_a_cell_with_other_population_norms_is_another_cell_and_leaves_the_model(cells):
+    trained = cells.attack('clean', ('pn',))
+    other = cells.attack('clean', ('pn',), norms='last batch')
+    assert other['results'][0]['xent'] != trained['results'][0]['xent']
+    again = reproduce.Cells(cells.name, cells.config, cells.data, cells.digests[1], cells.model,
+                            cells.folder + '2').attack('clean', ('pn',))
+    assert again['results'][0]['xent'] == trained['results'][0]['xent']
 
 
 def test_a_stop_in_the_middle_of_a_cell_leaves_no_cell(cells, monkeypatch):
@@ -200,7 +298,7 @@ def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(
 @pytest.mark.parametrize('arguments, settings, fault', [
     ([], [], 'nothing to reproduce; one or more of table1, table2'),
     (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, sweeps, "
-                     'seeds'),
+                     'seeds, norms, gap, claims'),
     (['table1'], ['training_mode=natural'], 'training_mode and adversary are what the tables vary'),
     (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; at most 2000'),
     (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and table4 asks for 49:1'),

@@ -1,0 +1,64 @@
+"""Population norms got in other ways than by the training's moving averages.
+
+The moving averages keep 0.9 of themselves in every forward pass with batch norms, and a training
+step makes num_steps + 1 of them: nearly 0.7 of what `pn` normalizes by is the last training batch
+(1 - 0.9 ** 11), most of that from half-finished attacks. Training itself normalizes by batch norms
+alone, so that any other rule can be tried on the trained weights. reproduce.py's `norms` does, to
+see what of a difference between `pn` and `bn_shaping` is owed to how the averages are kept.
+"""
+import numpy as np
+import tensorflow as tf
+
+from model import BN_DECAY
+from train import make_batch
+
+NUM_BATCHES = 200  # that `training batches` and `clean images` average; moving averages forget
+RULES = {
+    'trained': 'the moving averages of the training',
+    'again': 'the same moved on, by 200 more batches, the weights as they are: a check of the rest',
+    'updates': 'moved on by what the weight updates see, X^(T), alone',
+    'last batch': 'the statistics of one X^(T)',
+    'training batches': 'the mean over 200 X^(T)',
+    'clean images': 'the mean over 200 batches of unchanged training images'}
+
+
+def set_population_norms(model, data, config, rule):
+    """Sets a trained model's population norms by a rule.
+
+    Args:
+        model: a model.Model with the weights and population norms of a training.
+        data: a CIFAR10Data. config: the training's configuration.
+        rule: one of RULES. Batches are those that the training would have gone on with, augmented
+            and attacked as its training mode says; for 'clean images' they are neither.
+    """
+    if rule == 'trained':
+        return
+    norms = population_norms(model)
+    attacked = make_batch(model, config, update_population_norms=rule == 'again')
+
+    @tf.function
+    def pass_over(images, labels, step):
+        """Moves the moving averages as rule says."""
+        x = images if rule == 'clean images' else attacked(images, labels, step)[1]
+        model(tf.cast(x, tf.float32))
+
+    moving, total = rule in ('again', 'updates'), [0.] * len(norms)
+    num_batches = 1 if rule == 'last batch' else NUM_BATCHES
+    for i in range(num_batches):
+        step = config['max_num_training_steps'] + i
+        images, labels = data.train_data.get_batch(step, config['training_batch_size'])
+        if not moving:
+            for v in norms:
+                v.assign(tf.zeros_like(v))
+        pass_over(tf.constant(images), tf.constant(labels), tf.constant(step, tf.int64))
+        if not moving:  # moved from zero: by 1 - BN_DECAY of this batch's statistics
+            total = [t + v.numpy() / (1 - BN_DECAY) for t, v in zip(total, norms)]
+    if not moving:
+        for v, t in zip(norms, total):
+            v.assign(np.float32(t / num_batches))
+
+
+def population_norms(model):
+    """Returns the variables that hold a model's population norms, means and variances."""
+    return [v for name, v in model.variables_by_name.items()
+            if name.endswith(('/moving_mean', '/moving_variance'))]
