@@ -29,7 +29,7 @@ from config import (FIELDS, STOPPED, Terminated, UserError, config_from_flags, l
                     read_json, run, store_config)
 import tensorflow as tf
 
-from attacks import make_attack, num_examples
+from attacks import RANDOM_DRAWS, make_attack, num_examples
 from cifar10_input import eval_examples, load_data
 from confoundings import excess, logit_errors, perturbation_sizes
 from eval import (WORST_IN_BALL, evaluate_attack, make_judges, paired_difference,
@@ -43,7 +43,7 @@ from shaping import INFERENCE_MODES, num_clean
 from unfinished import checkpoint_digest, data_digest, path_of, relevant, remove
 
 TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'sweeps', 'seeds', 'norms',
-           'gap', 'claims')
+           'gap', 'checks', 'claims')
 MODES = {ADV: 'adv. only', TRAINING: 'shaping in training', MAIN: 'shaping in attack + training'}
 ATTACK_ROWS = ('clean', 'pgd', 'cw', 'fgsm', 'deepfool', 'shaping')  # the paper's, in its order
 OWN_ROWS = ('apgd', 'adaptive', 'apgd_eot')                           # beyond Tables I and II
@@ -96,8 +96,8 @@ def trainings_of(target, config):
         return dict(training(config, 'pgd', MAIN, ratio) for ratio in PAPER_RATIOS)
     if target == 'gap':
         return dict([training(config, 'pgd', MAIN)])
-    if target == 'claims':
-        tables = ('table1', 'table2', 'table3', 'table4')
+    if target in ('checks', 'claims'):
+        tables = ('table1', 'table2', 'table4')[:2 if target == 'checks' else 3]
         return {name: c for t in tables for name, c in trainings_of(t, config).items()}
     seeds = range(SEEDS) if target == 'seeds' else (0,)
     return dict(training(config, 'pgd', mode, seed=s) for mode in ('adv_only', MAIN) for s in seeds)
@@ -433,24 +433,32 @@ def sweep_results(config, cells):
     judged by bn_shaping. Over epsilon the step is a quarter of it. Last, in PGD's place, the
     strongest of many random perturbations.
     """
-    n = min(SWEEP_EXAMPLES, config['num_eval_examples'])
     found = {}
-    for mode in ('adv_only', MAIN):
-        name, _ = training(config, 'pgd', mode)
+    for mode in (ADV, MAIN):
+        of_training = cells[training(config, 'pgd', mode)[0]]
         for key, values in (('num_steps', SWEEP_STEPS), ('epsilon', SWEEP_EPSILONS)):
             for value in values:
-                settings = {'num_eval_examples': n, key: value}
+                results = swept(of_training, 'pgd', config, key, value)['results']
+                found[of_training.name, key, value] = of_value = {
+                    'pgd, pn': results[0], 'pgd, bn_shaping': results[1]}
                 if key == 'epsilon':
-                    settings |= {'epsilon': float(value), 'step_size': value / 4}
-                results = cells[name].attack('pgd', ('pn', 'bn_shaping'), **settings)['results']
-                found[name, key, value] = {'pgd, pn': results[0], 'pgd, bn_shaping': results[1]}
-                if key == 'epsilon':
-                    found[name, key, value]['adaptive, bn_shaping'] = cells[name].attack(
-                        'adaptive', ('bn_shaping',), **settings)['results'][0]
-        results = cells[name].attack('random', ('pn', 'bn_shaping'), num_eval_examples=n)['results']
-        found[name, 'random perturbations', results[0]['random_draws']] = {
+                    of_value['adaptive, bn_shaping'] = swept(
+                        of_training, 'adaptive', config, key, value)['results'][0]
+        results = swept(of_training, 'random', config)['results']
+        found[of_training.name, 'random perturbations', results[0]['random_draws']] = {
             'pgd, pn': results[0], 'pgd, bn_shaping': results[1]}
     return found
+
+
+def swept(of_training, attack, config, key=None, value=None):
+    """Returns the cell of an attack at one value of `key`, on the samples of the sweeps."""
+    settings = {'num_eval_examples': min(SWEEP_EXAMPLES, config['num_eval_examples'])}
+    if key is not None:
+        settings[key] = value
+    if key == 'epsilon':
+        settings |= {'epsilon': float(value), 'step_size': value / 4}
+    modes = ('bn_shaping',) if attack == 'adaptive' else ('pn', 'bn_shaping')
+    return of_training.attack(attack, modes, **settings)
 
 
 def sweeps_table(config, cells):
@@ -462,6 +470,56 @@ def sweeps_table(config, cells):
             for label in ('pgd, pn', 'pgd, bn_shaping', 'adaptive, bn_shaping')])
     return markdown(['training', 'pgd with', 'under `pn`', 'under `bn_shaping`',
                      'adaptive, under `bn_shaping`'], rows)
+
+
+def checks_table(config, cells):
+    """Returns what must be so if the attacks are sound, as Markdown: figures, and whether it is.
+
+    That a stronger attack leaves no more accuracy than a weaker one is checked in pairs of the same
+    samples: it fails where all of the difference's interval is above zero.
+    """
+    rows = []
+
+    def check(name, what, figures, value=None, interval=None, holds=None):
+        holds = interval[0] <= 0 if holds is None else holds
+        rows.append([f'`{name}`', what, figures, difference(value, interval) if interval else '',
+                     'holds' if holds else '**fails**'])
+
+    def compare(name, what, strong, weak, i=0, j=0, least=False):
+        """strong, weak: cells; i, j: which judge's. least: there must be a difference."""
+        a, b = right_of(strong, i), right_of(weak, j)
+        value, interval = paired_difference(a, b)
+        check(name, what, f'{percent(a.mean())} / {percent(b.mean())}', value, interval,
+              interval[1] < 0 if least else None)
+
+    for mode in (ADV, MAIN):
+        name, _ = training(config, 'pgd', mode)
+        for attack, i, inference in (('pgd', 0, 'pn'), ('pgd', 1, 'bn_shaping'),
+                                     ('adaptive', 0, 'bn_shaping')):
+            label = f'`{attack}` under `{inference}`'
+            for key, values in (('num_steps', SWEEP_STEPS), ('epsilon', SWEEP_EPSILONS)):
+                if attack == 'adaptive' and key == 'num_steps':
+                    continue
+                of_value = [swept(cells[name], attack, config, key, v) for v in values]
+                worst = max(zip(values, values[1:], of_value, of_value[1:]), key=lambda pair:
+                            right_of(pair[3], i).mean() - right_of(pair[2], i).mean())
+                less, more, weak, strong = worst
+                compare(name, f'{label}: more {key} never help; at worst {more} over {less}',
+                        strong, weak, i, i)
+                if key == 'epsilon':
+                    left = right_of(of_value[-1], i).mean()
+                    check(name, f'{label}: nothing is left at {key} {values[-1]}', percent(left),
+                          holds=left == 0)
+        compare(name, f'`pgd` is stronger than {RANDOM_DRAWS:,} random perturbations, `pn`',
+                swept(cells[name], 'pgd', config, 'num_steps', config['num_steps']),
+                swept(cells[name], 'random', config), least=True)
+    shaped = INFERENCE_MODES.index('bn_shaping')
+    for adversary in PAPER_TABLES:
+        for mode in MODES:
+            name, _ = training(config, adversary, mode)
+            compare(name, '`adaptive` under `bn_shaping` is as strong as `pgd`, transferred',
+                    cells[name].attack('adaptive'), cells[name].attack('pgd'), shaped, shaped)
+    return markdown(['training', 'what must hold', 'accuracy', 'difference', ''], rows)
 
 
 def seeds_table(config, cells):
@@ -579,6 +637,7 @@ TABLES = {
     'seeds': ('The default PGD training and norm shaping, with two seeds', seeds_table),
     'norms': ('Population norms got in other ways', norms_table),
     'gap': ('Norm shaping under `pn` and under `bn_shaping`', gap_table),
+    'checks': ('Checks of the attacks', checks_table),
     'claims': ('The paper\'s claims that are differences between its figures', claims_table)}
 
 
@@ -591,11 +650,13 @@ def caption(target, config):
     what = f'the first {n} test images'
     if target == 'confoundings':
         what = f'the first {n} training images, in whole batches; 95% bootstrap intervals'
-    elif target == 'sweeps':
+    elif target in ('sweeps', 'checks'):
         what = f'the first {min(n, SWEEP_EXAMPLES)} test images; 95% Wilson intervals'
     else:
         what += '; accuracy in %, [95% Wilson intervals]'
-    if target in ('norms', 'gap', 'claims'):
+    if target == 'checks':
+        what += f', or {n} where it is of all six trainings'
+    if target in ('norms', 'gap', 'checks', 'claims'):
         what += '; differences in points, [95% intervals of pairs of the same samples]'
     return (f'w{depth}-{config["width_factor"]}, {config["max_num_training_steps"]} steps of batch '
             f'{config["training_batch_size"]}, {data}, seed {config["tf_random_seed"]}; {what}.')
