@@ -1,13 +1,15 @@
-"""The paper's three in-text experiments (sections IV and V) on what batch norms do to an attack.
+"""The paper's three in-text experiments (sections IV and V) on what batch norms do to an attack;
+and how far an attack moves the norms, which is what the paper's confoundings come from.
 
-Each compares two sizes, sample by sample, over the same training images in batches of
-training_batch_size, unaugmented, and is reported as the paper reports it: how much larger, on
+The three compare two sizes, sample by sample, over the same training images in batches of
+training_batch_size, unaugmented, and are reported as the paper reports them: how much larger, on
 average, the one is than the other. reproduce.py runs them.
 """
 import numpy as np
 import tensorflow as tf
 
 from pgd_attack import LinfPGDAttack
+from population_norms import batch_statistics, population_norms
 from shaping import tail_mask
 from unfinished import batches
 
@@ -98,6 +100,49 @@ def perturbation_sizes(model, data, config, kept=None):
     return sizes
 
 
+def norm_shifts(model, data, config, kept=None):
+    """Returns how far the batch norms of a training batch are from those of its clean version.
+
+    'all': where PGD, as configured, attacks every sample; 'tail': where it attacks the tail alone,
+    beside the clean head (section V: shaping keeps the norms stable); 'another': where it is no
+    attacked batch but the next clean one, which is how far batch norms differ by chance.
+
+    Args:
+        kept: as in logit_errors.
+
+    Returns:
+        dict of arrays [batches]: the distance of the means, in standard deviations of the clean
+        batch, averaged over all channels of all norms; and, named '... deviations', the relative
+        distance of the standard deviations themselves.
+    """
+    attack = LinfPGDAttack(model, config['epsilon'], config['num_steps'], config['step_size'],
+                           config['random_start'], config['loss_func'],
+                           update_population_norms=False)
+    m, n, subset = config['training_batch_size'], num_measured(data, config), data.train_data
+    statistics, tail = batch_statistics(model), tail_mask(m, config['shaping_ratio'])
+    shifts = {name + what: np.zeros(n // m, np.float32) for name in ('all', 'tail', 'another')
+              for what in ('', ' deviations')}
+    is_mean = np.array([v.name.endswith('moving_mean') for v in population_norms(model)])
+
+    def parts(x):
+        found = statistics(x)
+        return np.concatenate(found[is_mean]), np.concatenate(found[~is_mean]) ** 0.5
+
+    for start, end in batches(kept, [*shifts.values()], n // m, 1, 'norm_shifts'):
+        x, y = (values[start * m:end * m] for values in (subset.xs, subset.ys))
+        x = x.astype(np.float32)
+        seed = (config['np_random_seed'], start)
+        next_start = (start + 1) % (n // m) * m
+        means, deviations = parts(x)
+        for name, other in (('all', attack.perturb(x, y, seed)),
+                            ('tail', attack.perturb(x, y, seed, tail)),
+                            ('another', subset.xs[next_start:next_start + m])):
+            other_means, other_deviations = parts(other)
+            shifts[name][start] = (np.abs(other_means - means) / deviations).mean()
+            shifts[f'{name} deviations'][start] = np.abs(other_deviations / deviations - 1).mean()
+    return shifts
+
+
 def excess(a, b, num_resamples=2000, seed=0):
     """Returns how much larger a is than b on average, and the 95% interval of a bootstrap.
 
@@ -107,9 +152,12 @@ def excess(a, b, num_resamples=2000, seed=0):
     Returns:
         (mean(a) / mean(b) - 1, [low, high]); the samples are drawn anew in pairs.
     """
+    return bootstrap(lambda chosen: a[chosen].mean() / b[chosen].mean() - 1, len(a), num_resamples,
+                     seed)
+
+
+def bootstrap(figure, n, num_resamples=2000, seed=0):
+    """Returns (value, [low, high]): figure(indices [n]) of n samples and its 95% interval."""
     rng = np.random.default_rng(seed)
-    ratios = []
-    for _ in range(num_resamples):
-        chosen = rng.integers(0, len(a), len(a))
-        ratios.append(a[chosen].mean() / b[chosen].mean() - 1)
-    return float(a.mean() / b.mean() - 1), np.percentile(ratios, [2.5, 97.5]).tolist()
+    values = [figure(rng.integers(0, n, n)) for _ in range(num_resamples)]
+    return float(figure(np.arange(n))), np.percentile(values, [2.5, 97.5]).tolist()

@@ -33,29 +33,45 @@ def set_population_norms(model, data, config, rule):
     """
     if rule == 'trained':
         return
-    norms = population_norms(model)
     attacked = make_batch(model, config, update_population_norms=rule == 'again')
-
-    @tf.function
-    def pass_over(images, labels, step):
-        """Moves the moving averages as rule says."""
-        x = images if rule == 'clean images' else attacked(images, labels, step)[1]
-        model(tf.cast(x, tf.float32))
-
-    moving, total = rule in ('again', 'updates'), [0.] * len(norms)
-    num_batches = 1 if rule == 'last batch' else NUM_BATCHES
+    attacked = tf.function(attacked)
+    one_batch = batch_statistics(model)
+    total, num_batches = 0., 1 if rule == 'last batch' else NUM_BATCHES
     for i in range(num_batches):
         step = config['max_num_training_steps'] + i
-        images, labels = data.train_data.get_batch(step, config['training_batch_size'])
-        if not moving:
-            for v in norms:
-                v.assign(tf.zeros_like(v))
-        pass_over(tf.constant(images), tf.constant(labels), tf.constant(step, tf.int64))
-        if not moving:  # moved from zero: by 1 - BN_DECAY of this batch's statistics
-            total = [t + v.numpy() / (1 - BN_DECAY) for t, v in zip(total, norms)]
-    if not moving:
-        for v, t in zip(norms, total):
-            v.assign(np.float32(t / num_batches))
+        x, labels = data.train_data.get_batch(step, config['training_batch_size'])
+        if rule != 'clean images':
+            x = attacked(tf.constant(x), tf.constant(labels), tf.constant(step, tf.int64))[1]
+        if rule in ('again', 'updates'):
+            model(tf.cast(x, tf.float32))
+        else:
+            total += one_batch(x)
+    if rule not in ('again', 'updates'):
+        for v, mean in zip(population_norms(model), total / num_batches):
+            v.assign(mean)
+
+
+def batch_statistics(model):
+    """Returns f(x [b, 32, 32, 3]) -> the statistics that x is normalized by: means and variances.
+
+    They are a list of arrays [channels], in the order of population_norms, as an object array; the
+    variances are unbiased. f leaves the population norms as they were.
+    """
+    norms = population_norms(model)
+    forward = tf.function(lambda x: model(x))
+
+    def statistics(x):
+        before = [v.numpy() for v in norms]
+        for v in norms:
+            v.assign(tf.zeros_like(v))
+        forward(tf.cast(x, tf.float32))  # moves them by 1 - BN_DECAY of this batch's statistics
+        found = np.empty(len(norms), object)
+        for i, v in enumerate(norms):
+            found[i] = v.numpy() / np.float32(1 - BN_DECAY)
+            v.assign(before[i])
+        return found
+
+    return statistics
 
 
 def population_norms(model):

@@ -31,7 +31,8 @@ import tensorflow as tf
 
 from attacks import RANDOM_DRAWS, make_attack, num_examples
 from cifar10_input import eval_examples, load_data
-from confoundings import excess, logit_errors, perturbation_sizes
+from confoundings import (bootstrap, excess, logit_errors, norm_shifts,
+                          perturbation_sizes)
 from eval import (WORST_IN_BALL, evaluate_attack, make_judges, paired_difference,
                   worst_cases)
 from files import replacing
@@ -42,8 +43,8 @@ from population_norms import RULES, set_population_norms
 from shaping import INFERENCE_MODES, num_clean
 from unfinished import checkpoint_digest, data_digest, path_of, relevant, remove
 
-TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'sweeps', 'seeds', 'norms',
-           'gap', 'checks', 'claims')
+TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'shifts', 'sweeps', 'seeds',
+           'norms', 'gap', 'checks', 'claims')
 MODES = {ADV: 'adv. only', TRAINING: 'shaping in training', MAIN: 'shaping in attack + training'}
 ATTACK_ROWS = ('clean', 'pgd', 'cw', 'fgsm', 'deepfool', 'shaping')  # the paper's, in its order
 OWN_ROWS = ('apgd', 'adaptive', 'apgd_eot')                           # beyond Tables I and II
@@ -426,6 +427,29 @@ def confoundings_table(config, cells):
     return markdown(['how much larger on average', 'model', 'ours', 'the two means', 'paper'], rows)
 
 
+def shifts_table(config, cells):
+    """Returns how far an attack moves the batch norms as Markdown; see confoundings.norm_shifts."""
+    rows = []
+    for mode in (ADV, MAIN):
+        name, _ = training(config, 'pgd', mode)
+
+        def compute(unfinished, of_training=cells[name]):
+            found = norm_shifts(of_training.load(), of_training.data, of_training.config,
+                                unfinished)
+            return {what: bootstrap(lambda chosen, values=values: values[chosen].mean(),
+                                    len(values)) for what, values in found.items()}
+
+        found = cells[name].get('norm_shifts', relevant(config), compute)
+        for what, label in (('all', 'PGD on all samples'), ('tail', 'PGD on the tail'),
+                            ('another', 'none, but another clean batch')):
+            row = [f'`{name}`', label]
+            for part in ('', ' deviations'):
+                value, (low, high) = found[what + part]
+                row.append(f'{value:.4f} [{low:.4f}, {high:.4f}]')
+            rows.append(row)
+    return markdown(['training', 'attack', 'the means move by', 'the deviations by'], rows)
+
+
 def sweep_results(config, cells):
     """Returns {(training, 'num_steps' or 'epsilon', value): {label: result}}.
 
@@ -633,6 +657,7 @@ TABLES = {
     'table3': ('Table III: adaptive attacks, under bn_shaping', table3),
     'table4': ('Table IV: shaping ratios in training and inference, under PGD', table4),
     'confoundings': ('The in-text experiments of sections IV and V', confoundings_table),
+    'shifts': ('How far an attack moves the batch norms', shifts_table),
     'sweeps': ('Accuracy against PGD steps and against epsilon', sweeps_table),
     'seeds': ('The default PGD training and norm shaping, with two seeds', seeds_table),
     'norms': ('Population norms got in other ways', norms_table),
@@ -650,6 +675,10 @@ def caption(target, config):
     what = f'the first {n} test images'
     if target == 'confoundings':
         what = f'the first {n} training images, in whole batches; 95% bootstrap intervals'
+    elif target == 'shifts':
+        what = (f'the first {n} training images, in whole batches; means in standard deviations of '
+                'the clean batch, deviations relative to its own, averaged over all channels; 95% '
+                'bootstrap intervals')
     elif target in ('sweeps', 'checks'):
         what = f'the first {min(n, SWEEP_EXAMPLES)} test images; 95% Wilson intervals'
     else:
@@ -777,7 +806,7 @@ def check(targets, config, data):
         except ValueError as error:
             raise UserError(f'eval_batch_size is {config["eval_batch_size"]}, shaping_ratio '
                             f'{config["shaping_ratio"]}: {error}') from None
-    if 'confoundings' in targets:
+    if {'confoundings', 'shifts'} & set(targets):
         for key in ('epsilon', 'step_size'):
             if config[key] == 0:
                 raise UserError(f'{key} is 0: no perturbation to compare; a number above 0 would '

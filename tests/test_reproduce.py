@@ -264,6 +264,33 @@ def test_confoundings_measure_every_sample_once(small_model, small_config, data)
                                np.abs(shaped - x).mean(axis=(1, 2, 3))[12:], rtol=1e-2)
 
 
+def test_norm_shifts_are_distances_of_batch_statistics(small_model, small_config, data):
+    config = small_config(num_eval_examples=40, random_start=False)  # two batches of 16, 8 left
+    before = [v.numpy() for v in small_model.variables]
+    shifts = confoundings.norm_shifts(small_model, data, config)
+    assert {len(v) for v in shifts.values()} == {2}
+    assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
+    # The first norm's, by hand
+    x = [data.train_data.xs[i:i + 16].astype(np.float32) for i in (0, 16)]
+    kernel = small_model.variables_by_name['input/init_conv/DW'].value
+    a = np.asarray(tf.nn.conv2d(small_model.standardize(x[0]), kernel, 1, 'SAME'))
+    first = population_norms.batch_statistics(small_model)
+    mean, variance = first(x[0])[:2]
+    np.testing.assert_allclose(mean, a.mean(axis=(0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(variance, a.var(axis=(0, 1, 2), ddof=1), rtol=1e-4)
+    # Of two batches, each is the other's other
+    def distance(p, q):
+        pairs = list(zip(first(p)[0::2], first(p)[1::2], first(q)[0::2]))
+        return np.mean(np.concatenate([abs(v - u) / s ** 0.5 for u, s, v in pairs]))
+    assert shifts['another'] == pytest.approx([distance(*x), distance(*x[::-1])], rel=1e-4)
+    pgd = LinfPGDAttack(small_model, 8., 2, 2., False, 'xent', update_population_norms=False)
+    x_adv = pgd.perturb(x[0], data.train_data.ys[:16], 0)
+    assert shifts['all'][0] == pytest.approx(distance(x[0], x_adv), rel=1e-3)
+    tail = np.arange(16) >= 12
+    x_adv = pgd.perturb(x[0], data.train_data.ys[:16], 0, tail)
+    assert shifts['tail'][0] == pytest.approx(distance(x[0], x_adv), rel=1e-3)
+
+
 @pytest.mark.slow
 def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(tmp_path):
     """Table III, Table IV and the in-text experiments, from nothing, one training step each."""
@@ -297,8 +324,8 @@ def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(
 
 @pytest.mark.parametrize('arguments, settings, fault', [
     ([], [], 'nothing to reproduce; one or more of table1, table2'),
-    (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, sweeps, "
-                     'seeds, norms, gap, checks, claims'),
+    (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, shifts, "
+                     'sweeps, seeds, norms, gap, checks, claims'),
     (['table1'], ['training_mode=natural'], 'training_mode and adversary are what the tables vary'),
     (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; at most 2000'),
     (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and table4 asks for 49:1'),
