@@ -137,6 +137,50 @@ class FewAttacks:
         return self.cells.attack('pgd' if name.startswith('adaptive') else name, *args)
 
 
+class MadeUpCells:
+    """Cells whose attacks leave as many of 1,000 samples as left(attack, settings) says."""
+
+    name = 'made up'
+
+    def __init__(self, left):
+        self.left = left
+
+    def attack(self, name, modes=INFERENCE_MODES, **settings):
+        n = self.left(name, settings)
+        return {'right': ['1' * n + '0' * (1000 - n)] * len(modes)}
+
+
+def sound(attack, settings):
+    """What a sound attack leaves: less and less."""
+    if attack == 'random':
+        return 800
+    if settings.get('epsilon') == 64:
+        return 0
+    return 700 - 5 * settings.get('num_steps', 0) - 5 * int(settings.get('epsilon', 0))
+
+
+@pytest.mark.parametrize('broken, fault', [
+    (None, None),
+    (lambda attack, s: 850 if s.get('num_steps') == 50 else None, 'more num_steps never help; at '
+                                                                 'worst 50 over 20'),
+    (lambda attack, s: 650 if s.get('epsilon') == 32 and attack == 'adaptive' else None,
+     '`adaptive` under `bn_shaping`: more epsilon never help; at worst 32 over 16'),
+    (lambda attack, s: 1 if s.get('epsilon') == 64 else None, 'nothing is left at epsilon 64'),
+    (lambda attack, s: 640 if attack == 'random' else None, 'random perturbations'),
+    (lambda attack, s: 720 if attack == 'adaptive' and not s else None,
+     '`adaptive` under `bn_shaping` is as strong as `pgd`')])
+def test_the_checks_fail_where_an_attack_is_not_sound(broken, fault, small_config):
+    def left(attack, settings):
+        found = broken(attack, settings) if broken else None
+        return sound(attack, settings) if found is None else found
+    config = small_config(num_steps=10)
+    names = reproduce.trainings_of('checks', config)
+    rows = reproduce.checks_table(config, dict.fromkeys(names, MadeUpCells(left))).splitlines()[2:]
+    assert len(rows) == 2 * 9 + 6
+    failed = [row for row in rows if '**fails**' in row]
+    assert (not failed) if fault is None else failed and all(fault in row for row in failed)
+
+
 def test_each_rule_gives_the_population_norms_that_it_names(small_model, small_config, data,
                                                             monkeypatch):
     monkeypatch.setattr(population_norms, 'NUM_BATCHES', 60)
