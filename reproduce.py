@@ -1,7 +1,9 @@
 """Computes the paper's Tables I to IV and its in-text experiments, beside the paper's figures.
 
-    python reproduce.py table1 table2 table3 table4 confoundings --config configs/three_classes.json
-    python reproduce.py sweeps --config configs/quick.json      # accuracy against steps, epsilon
+Also checks the attacks, tries what could explain a difference, and says what is seen of each claim.
+
+    python reproduce.py all --config configs/three_classes.json
+    python reproduce.py table1 claims --stored results/three_classes    # of the cells kept there
 
 Trains what is missing, each model in a folder of its own in model_dir, by train.py; evaluates what
 is missing; writes MODEL_DIR/tables/NAME.md and figures beside them, and prints the tables. Every
@@ -9,8 +11,6 @@ figure is kept in MODEL_DIR/cells as soon as it is known, with the settings that
 is done is never done again, so the program can be stopped and started at any time. Another setting
 makes other cells beside the old ones. The finished batches of a figure that is not known yet are
 kept, too, in MODEL_DIR/cells/unfinished, which may be removed at any time.
-
-    python reproduce.py table1 --stored results/DIR     # again, from the cells kept there alone
 """
 import glob
 import hashlib
@@ -818,8 +818,9 @@ def check(targets, config, data):
 
 def main(words):
     if not words:
-        raise UserError(f'nothing to reproduce; one or more of {", ".join(TARGETS)} would fit')
-    targets = [target for target in TARGETS if target in words]
+        raise UserError(f'nothing to reproduce; one or more of {", ".join(TARGETS)}, or all, would '
+                        'fit')
+    targets = [target for target in TARGETS if target in words or 'all' in words]
     stored = flags.FLAGS.stored
     if stored and (flags.FLAGS.config or flags.FLAGS.set):
         raise UserError('--stored has a configuration of its own; neither --config nor --set fits')
@@ -872,4 +873,4 @@ def train_and_load(targets, needed, config, folder):
 if __name__ == '__main__':
     flags.DEFINE_string('stored', None, 'Folder with config.json and cells/, as results/ has them: '
                         'makes tables and figures of these alone, in that folder.')
-    run(main, TARGETS)
+    run(main, (*TARGETS, 'all'))

@@ -369,7 +369,7 @@ def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(
 @pytest.mark.parametrize('arguments, settings, fault', [
     ([], [], 'nothing to reproduce; one or more of table1, table2'),
     (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, shifts, "
-                     'sweeps, seeds, norms, gap, checks, claims'),
+                     'sweeps, seeds, norms, gap, checks, claims, all'),
     (['table1'], ['training_mode=natural'], 'training_mode and adversary are what the tables vary'),
     (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; at most 2000'),
     (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and table4 asks for 49:1'),
