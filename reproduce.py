@@ -691,6 +691,12 @@ def caption(target, config):
             f'{config["training_batch_size"]}, {data}, seed {config["tf_random_seed"]}; {what}.')
 
 
+def section(target, config, cells):
+    """Returns a target's table with its title and caption, as Markdown."""
+    title, make = TABLES[target]
+    return f'## {title}\n\n{caption(target, config)}\n\n{make(config, cells)}\n'
+
+
 # ---- the figures
 
 
@@ -841,8 +847,7 @@ def main(words):
 
     # Evaluate what is missing; print and draw
     for target in targets:
-        title, make = TABLES[target]
-        text = f'## {title}\n\n{caption(target, config)}\n\n{make(config, cells)}\n'
+        text = section(target, config, cells)
         path = os.path.join(folder, f'{target}.md')
         with replacing(path) as f:
             f.write(text)

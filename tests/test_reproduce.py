@@ -1,6 +1,7 @@
 """The tables: what is trained, what is kept, what stands where; the in-text experiments."""
 import json
 import os
+from pathlib import Path
 import re
 import shutil
 
@@ -12,7 +13,8 @@ import confoundings
 import paper
 import population_norms
 import reproduce
-from config import ATTACKS, UserError
+from config import ATTACKS, UserError, load_config
+from conftest import ROOT
 from pgd_attack import LinfPGDAttack
 from shaping import INFERENCE_MODES
 from test_programs import program
@@ -135,6 +137,29 @@ class FewAttacks:
             cell = self.cells.attack('fgsm', *args)
             return {'right': [right[:10] if name == 'cw' else right for right in cell['right']]}
         return self.cells.attack('pgd' if name.startswith('adaptive') else name, *args)
+
+
+def stored_sections():
+    """Returns {file in results: (what it holds, what reproduce.py makes of the stored figures)}."""
+    found = {}
+    for path in sorted(Path(ROOT, 'results').glob('*/*.md')):
+        config = load_config(path.parent / 'config.json')
+        cells = {name: reproduce.StoredCells(name, of_training, path.parent / 'cells')
+                 for name, of_training in reproduce.trainings_of(path.stem, config).items()}
+        found[f'{path.parent.name}/{path.name}'] = (
+            path.read_text(), reproduce.section(path.stem, config, cells))
+    return found
+
+
+def test_the_results_are_made_of_the_figures_that_are_stored():
+    sections = stored_sections()
+    assert sections
+    for name, (stored, made) in sections.items():
+        assert stored == made, name
+    lines = {line for stored, _ in sections.values() for line in stored.splitlines()}
+    shown = [line for line in Path(ROOT, 'RESULTS.md').read_text().splitlines()
+             if line.startswith('| ')]
+    assert shown and set(shown) <= lines
 
 
 class MadeUpCells:
@@ -337,8 +362,8 @@ def test_norm_shifts_are_distances_of_batch_statistics(small_model, small_config
 
 @pytest.mark.slow
 def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(tmp_path):
-    """Table III, Table IV and the in-text experiments, from nothing, one training step each."""
-    targets = ['table3', 'table4', 'confoundings']
+    """All but Tables I and II, their checks and the sweeps, from nothing, one step of training."""
+    targets = ['table3', 'table4', 'confoundings', 'shifts', 'norms', 'gap']
     settings = [*TINY, f'model_dir={tmp_path}/m']
     status, stdout, errors = program('reproduce.py', *targets, settings=settings)
     assert status == 0, errors
