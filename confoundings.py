@@ -132,7 +132,7 @@ def norm_shifts(model, data, config, kept=None):
         x, y = (values[start * m:end * m] for values in (subset.xs, subset.ys))
         x = x.astype(np.float32)
         seed = (config['np_random_seed'], start)
-        next_start = (start + 1) % (n // m) * m
+        next_start = (start + 1) * m % (subset.n // m * m)
         means, deviations = parts(x)
         for name, other in (('all', attack.perturb(x, y, seed)),
                             ('tail', attack.perturb(x, y, seed, tail)),

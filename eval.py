@@ -49,7 +49,9 @@ def paired_difference(a, b, z=1.959964):
         a, b: bool [n], which of the same samples were right. Pairs that agree say nothing of the
             difference, so that the interval is narrower than two separate ones.
 
-    Wald's interval with half a pair added to each kind of disagreement (Agresti and Min, 2005).
+    Wald's interval with half a pair added to each of the four kinds (Agresti and Min, 2005). It is
+    approximate where few pairs disagree: five against none are just beyond zero, though their exact
+    p is 0.06.
     """
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
     centre = (only_a - only_b) / (n + 2)

@@ -12,14 +12,14 @@ import tensorflow as tf
 from model import BN_DECAY
 from train import make_batch
 
-NUM_BATCHES = 200  # that `training batches` and `clean images` average; moving averages forget
+NUM_BATCHES = 200  # that each rule passes, but for 'last batch'
 RULES = {
     'trained': 'the moving averages of the training',
-    'again': 'the same moved on, by 200 more batches, the weights as they are: a check of the rest',
-    'updates': 'moved on by what the weight updates see, X^(T), alone',
+    'again': f'the same, {NUM_BATCHES} batches further on, the weights fixed: a check of the rest',
+    'updates': f'likewise, moved by the {NUM_BATCHES} X^(T) alone, not by attack steps',
     'last batch': 'the statistics of one X^(T)',
-    'training batches': 'the mean over 200 X^(T)',
-    'clean images': 'the mean over 200 batches of unchanged training images'}
+    'training batches': f'the mean over {NUM_BATCHES} X^(T)',
+    'clean images': f'the mean over {NUM_BATCHES} batches of unchanged training images'}
 
 
 def set_population_norms(model, data, config, rule):
@@ -33,8 +33,7 @@ def set_population_norms(model, data, config, rule):
     """
     if rule == 'trained':
         return
-    attacked = make_batch(model, config, update_population_norms=rule == 'again')
-    attacked = tf.function(attacked)
+    attacked = tf.function(make_batch(model, config, update_population_norms=rule == 'again'))
     one_batch = batch_statistics(model)
     total, num_batches = 0., 1 if rule == 'last batch' else NUM_BATCHES
     for i in range(num_batches):
@@ -52,10 +51,10 @@ def set_population_norms(model, data, config, rule):
 
 
 def batch_statistics(model):
-    """Returns f(x [b, 32, 32, 3]) -> the statistics that x is normalized by: means and variances.
+    """Returns f(x [b, 32, 32, 3]) -> the statistics that x moves the population norms towards.
 
-    They are a list of arrays [channels], in the order of population_norms, as an object array; the
-    variances are unbiased. f leaves the population norms as they were.
+    They are arrays [channels] in an object array, in the order of population_norms: means and
+    unbiased variances. f leaves the population norms as they were.
     """
     norms = population_norms(model)
     forward = tf.function(lambda x: model(x))

@@ -15,6 +15,7 @@ kept, too, in MODEL_DIR/cells/unfinished, which may be removed at any time.
 import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -39,7 +40,7 @@ from files import replacing
 from model import build_model, newest_whole
 from paper import (ADV, CLAIMS, INFERENCE_RATIOS, MAIN, PAPER_ADAPTIVE, PAPER_CONFOUNDINGS,
                    PAPER_RATIOS, PAPER_TABLES, SAME, TRAINING, paper_accuracy)
-from population_norms import RULES, set_population_norms
+from population_norms import NUM_BATCHES, RULES, set_population_norms
 from shaping import INFERENCE_MODES, num_clean
 from unfinished import checkpoint_digest, data_digest, path_of, relevant, remove
 
@@ -99,7 +100,8 @@ def trainings_of(target, config):
         return dict([training(config, 'pgd', MAIN)])
     if target in ('checks', 'claims'):
         tables = ('table1', 'table2', 'table4')[:2 if target == 'checks' else 3]
-        return {name: c for t in tables for name, c in trainings_of(t, config).items()}
+        needed = {name: c for t in tables for name, c in trainings_of(t, config).items()}
+        return needed | dict([training(config, 'pgd', 'natural')] if target == 'claims' else [])
     seeds = range(SEEDS) if target == 'seeds' else (0,)
     return dict(training(config, 'pgd', mode, seed=s) for mode in ('adv_only', MAIN) for s in seeds)
 
@@ -240,7 +242,7 @@ class Cells:
         identity = {**relevant(config, name), 'num_examples': num_examples(name, config),
                     'modes': list(modes), 'ratios': ratios}
         if norms != 'trained':
-            identity['population_norms'] = norms
+            identity['population_norms'] = [norms, NUM_BATCHES]
 
         def compute(unfinished):
             model, data = self.load(), self.data
@@ -423,8 +425,10 @@ def confoundings_table(config, cells):
         low, high = r['interval']
         rows.append([what, f'`{name}`', f'{100 * r["excess"]:+.1f}% [{100 * low:+.1f}, '
                      f'{100 * high:+.1f}]', f'{r["means"][0]:.4f} / {r["means"][1]:.4f}',
-                     f'{100 * paper:+.0f}%' if paper else ''])
-    return markdown(['how much larger on average', 'model', 'ours', 'the two means', 'paper'], rows)
+                     f'{100 * paper:+.0f}%' if paper else '',
+                     verdict(paper, r['interval']) if paper else ''])
+    return markdown(['how much larger on average', 'model', 'ours', 'the two means', 'paper',
+                     'at this scale'], rows)
 
 
 def shifts_table(config, cells):
@@ -500,11 +504,12 @@ def checks_table(config, cells):
     """Returns what must be so if the attacks are sound, as Markdown: figures, and whether it is.
 
     That a stronger attack leaves no more accuracy than a weaker one is checked in pairs of the same
-    samples: it fails where all of the difference's interval is above zero.
+    samples: it fails where all of the difference's interval is above zero. Of a sweep's values, the
+    two are shown for which this is closest.
     """
     rows = []
 
-    def check(name, what, figures, value=None, interval=None, holds=None):
+    def add(name, what, figures, value=None, interval=None, holds=None):
         holds = interval[0] <= 0 if holds is None else holds
         rows.append([f'`{name}`', what, figures, difference(value, interval) if interval else '',
                      'holds' if holds else '**fails**'])
@@ -513,8 +518,8 @@ def checks_table(config, cells):
         """strong, weak: cells; i, j: which judge's. least: there must be a difference."""
         a, b = right_of(strong, i), right_of(weak, j)
         value, interval = paired_difference(a, b)
-        check(name, what, f'{percent(a.mean())} / {percent(b.mean())}', value, interval,
-              interval[1] < 0 if least else None)
+        add(name, what, f'{percent(a.mean())} / {percent(b.mean())}', value, interval,
+            interval[1] < 0 if least else None)
 
     for mode in (ADV, MAIN):
         name, _ = training(config, 'pgd', mode)
@@ -525,14 +530,14 @@ def checks_table(config, cells):
                 if attack == 'adaptive' and key == 'num_steps':
                     continue
                 of_value = [swept(cells[name], attack, config, key, v) for v in values]
-                worst = max(zip(values, values[1:], of_value, of_value[1:]), key=lambda pair:
-                            right_of(pair[3], i).mean() - right_of(pair[2], i).mean())
-                less, more, weak, strong = worst
+                pairs = itertools.combinations(zip(values, of_value), 2)
+                (less, weak), (more, strong) = max(pairs, key=lambda pair: paired_difference(
+                    right_of(pair[1][1], i), right_of(pair[0][1], i))[1][0])
                 compare(name, f'{label}: more {key} never help; at worst {more} over {less}',
                         strong, weak, i, i)
                 if key == 'epsilon':
                     left = right_of(of_value[-1], i).mean()
-                    check(name, f'{label}: nothing is left at {key} {values[-1]}', percent(left),
+                    add(name, f'{label}: nothing is left at {key} {values[-1]}', percent(left),
                           holds=left == 0)
         compare(name, f'`pgd` is stronger than {RANDOM_DRAWS:,} random perturbations, `pn`',
                 swept(cells[name], 'pgd', config, 'num_steps', config['num_steps']),
@@ -575,17 +580,17 @@ def norms_table(config, cells):
     PGD goes through these population norms; its examples are then judged by them and, transferred,
     by bn_shaping, which they are no part of.
     """
-    rows = []
+    rows, pn, shaped = [], INFERENCE_MODES.index('pn'), INFERENCE_MODES.index('bn_shaping')
     for mode in (ADV, MAIN):
         name, _ = training(config, 'pgd', mode)
         for rule, meaning in RULES.items():
-            clean = cells[name].attack('clean', ('pn',), norms=rule)
-            pgd = cells[name].attack('pgd', ('pn', 'bn_shaping'), norms=rule)
-            gain = paired_difference(right_of(pgd, 1), right_of(pgd, 0))
-            rows.append([f'`{name}`', meaning, shown(clean['results'][0]),
-                         *map(shown, pgd['results']), difference(*gain)])
-    return markdown(['training', 'population norms', 'clean, `pn`', 'pgd, `pn`',
-                     'pgd, `bn_shaping`', 'difference'], rows)
+            clean, pgd = (cells[name].attack(attack, norms=rule) for attack in ('clean', 'pgd'))
+            gain = paired_difference(right_of(pgd, shaped), right_of(pgd, pn))
+            rows.append([f'`{name}`', meaning, shown(clean['results'][pn]),
+                         *(shown(pgd['results'][i]) for i in (pn, shaped)), difference(*gain)])
+    return markdown(['training', 'population norms', 'clean, judged by them',
+                     'pgd through them, judged by them', 'the same examples, `bn_shaping`',
+                     'difference'], rows)
 
 
 def gap_table(config, cells):
@@ -603,6 +608,11 @@ def gap_table(config, cells):
 
 def right_in(of, config, cells):
     """Returns which examples were right in what a claim names, bool [n]; see paper.py."""
+    if of[-1] == 'clean':
+        name, _ = (training(config, 'pgd', 'natural') if of[0] == 'natural' else
+                   training(config, 'pgd', MAIN, of[0]))
+        inference = 'pn' if of[0] == 'natural' else 'bn_shaping'
+        return right_of(cells[name].attack('clean'), INFERENCE_MODES.index(inference))
     if len(of) == 2:
         name, _ = training(config, 'pgd', MAIN, of[0])
         cell = cells[name].attack('pgd', ('bn_shaping',), INFERENCE_RATIOS)
@@ -613,19 +623,38 @@ def right_in(of, config, cells):
 
 
 def verdict(paper, interval, same=False):
-    """Returns what our difference's interval says of a claim that the paper has, in a word or two.
+    """Returns what our difference's interval says of a claim, in a word or two.
 
     Args:
-        paper: its difference, the accuracy that it claims to be higher less the other one.
-        interval: ours. same: the claim is that there is none: less than SAME_POINTS.
+        paper: the paper's difference, the accuracy that is claimed to be higher less the other one.
+        interval: ours. same: the claim is that there is none: SAME_POINTS at most.
     """
     low, high = interval
     if same:
         return ('seen' if -SAME_POINTS <= low and high <= SAME_POINTS else
-                'contradicted' if low > SAME_POINTS or high < -SAME_POINTS else 'not seen')
+                'contradicted' if low > SAME_POINTS or high < -SAME_POINTS else 'open')
+    if high < 0:
+        return 'contradicted'
     if low > 0:
-        return 'seen, smaller' if high < paper else 'seen'
-    return 'contradicted' if high < 0 else 'not seen'
+        return 'seen, smaller' if high < paper else 'seen, larger' if low > paper else 'seen'
+    return 'not seen' if high < paper else 'open'
+
+
+CLAIMS_NOTE = """
+
+Norm shaping is the model with shaping in attack and training, judged by `bn_shaping`; the default
+is adversarial-only training, judged by `pn`; unless said otherwise. `pgd`, `fgsm`, `cw` and
+`deepfool` are made with `pn`: judged by `bn_shaping` or `bn`, they are transferred.
+
+Seen: all of the interval is on the side of zero that is claimed (smaller, larger: and the paper's
+figure outside). Contradicted: all is on the other side. Not seen: zero is in it, the paper's figure
+beyond it. Open: both are in it, the samples are too few. Where no difference is claimed,
+{points:g} points at most: seen, all of the interval is within; contradicted, all is outside; open
+otherwise.
+
+The intervals are over test images alone: each model is one training, and another seed's may differ
+by more (see the table of seeds). Of {rows} intervals of 95%, {missed} are expected to miss by
+chance."""
 
 
 def claims_table(config, cells):
@@ -634,19 +663,19 @@ def claims_table(config, cells):
     Of an attack that was run on fewer samples, these.
     """
     rows = []
-    for section, words, more, *same, less in CLAIMS:
+    for where, words, more, *same, less in CLAIMS:
         a, b = (right_in(of, config, cells) for of in (more, less))
         n = min(len(a), len(b))
         value, interval = paired_difference(a[:n], b[:n])
         paper = paper_accuracy(more) - paper_accuracy(less)
         few = f' (n = {n})' if n < config['num_eval_examples'] else ''
-        rows.append([section, words, f'{100 * paper:+.1f}', difference(value, interval) + few,
-                     verdict(paper, interval, same == [SAME])])
-    return markdown(['section', 'claim', 'paper', 'ours', 'at this scale'], rows) + (
-        '\n\nSeen: all of the interval is on the side of zero that is claimed (smaller: and the '
-        'paper\'s figure is beyond it). Contradicted: all is on the other side. Not seen: zero is '
-        f'in it. Where no difference is claimed, {100 * SAME_POINTS:g} points at most: seen, all '
-        'of the interval is within; contradicted, all is outside.')
+        said = verdict(paper, interval, same == [SAME])
+        if not same and paper <= 0:
+            said += '; the paper\'s own figures do not show it'
+        rows.append([where, words, f'{100 * paper:+.1f}', difference(value, interval) + few, said])
+    table = markdown(['section', 'claim', 'paper', 'ours', 'at this scale'], rows)
+    return table + CLAIMS_NOTE.format(points=100 * SAME_POINTS, rows=len(rows),
+                                      missed=round(len(rows) / 20))
 
 
 TABLES = {
@@ -679,12 +708,13 @@ def caption(target, config):
         what = (f'the first {n} training images, in whole batches; means in standard deviations of '
                 'the clean batch, deviations relative to its own, averaged over all channels; 95% '
                 'bootstrap intervals')
-    elif target in ('sweeps', 'checks'):
+    elif target == 'sweeps':
         what = f'the first {min(n, SWEEP_EXAMPLES)} test images; 95% Wilson intervals'
-    else:
+    elif target == 'checks':
+        what = (f'the first {min(n, SWEEP_EXAMPLES)} test images, {n} in the last six rows; '
+                'accuracy in %')
+    elif target != 'claims':
         what += '; accuracy in %, [95% Wilson intervals]'
-    if target == 'checks':
-        what += f', or {n} where it is of all six trainings'
     if target in ('norms', 'gap', 'checks', 'claims'):
         what += '; differences in points, [95% intervals of pairs of the same samples]'
     return (f'w{depth}-{config["width_factor"]}, {config["max_num_training_steps"]} steps of batch '
@@ -796,22 +826,26 @@ def check(targets, config, data):
     for package in ('foolbox', 'matplotlib'):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'{package} is missing: pip install -r requirements.txt would fit')
-    ratios = INFERENCE_RATIOS if 'table4' in targets else (config['inference_shaping_ratio'],)
+    ratios = (INFERENCE_RATIOS if {'table4', 'claims'} & set(targets) else
+              (config['inference_shaping_ratio'],))
     for ratio in ratios:
         try:
             k = num_clean(config['shaping_batch_size'], ratio)
         except ValueError as error:
-            raise UserError(f'shaping_batch_size is {config["shaping_batch_size"]}, and table4 '
+            raise UserError(f'shaping_batch_size is {config["shaping_batch_size"]}, and Table IV '
                             f'asks for {ratio}:1, too: {error}') from None
         if 2 * k > data.train_data.n:
             raise UserError(f'shaping_batch_size is {config["shaping_batch_size"]}; at most the '
                             f'number of training images, {data.train_data.n}, would fit')
-    if {'table1', 'table2'} & set(targets):
+    if {'table1', 'table2', 'claims', 'seeds'} & set(targets):
         try:
             num_clean(config['eval_batch_size'], config['shaping_ratio'])
         except ValueError as error:
             raise UserError(f'eval_batch_size is {config["eval_batch_size"]}, shaping_ratio '
                             f'{config["shaping_ratio"]}: {error}') from None
+    if 'shifts' in targets and data.train_data.n < 2 * config['training_batch_size']:
+        raise UserError(f'training_batch_size is {config["training_batch_size"]}; at most half the '
+                        f'number of training images, {data.train_data.n // 2}, would fit')
     if {'confoundings', 'shifts'} & set(targets):
         for key in ('epsilon', 'step_size'):
             if config[key] == 0:
