@@ -54,6 +54,7 @@ FIRST_ROWS = ('clean', WORST_IN_BALL, 'apgd_eot', 'adaptive', 'apgd')  # what to
 SEEDS = 2
 SEED_ROWS = GAP_ROWS = ('clean', 'pgd', 'adaptive')
 SAME_POINTS = 0.02  # up to which two accuracies count as the same
+NORMS_EXAMPLES = 1000  # at most, and
 SWEEP_EXAMPLES = 500  # at most: the sweeps are a check of the attacks, not a result
 SWEEP_STEPS = (1, 2, 5, 10, 20, 50, 100)
 SWEEP_EPSILONS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -579,11 +580,13 @@ def norms_table(config, cells):
     PGD goes through these population norms; its examples are then judged by them and, transferred,
     by bn_shaping, which they are no part of.
     """
+    n = min(NORMS_EXAMPLES, config['num_eval_examples'])
     rows, pn, shaped = [], INFERENCE_MODES.index('pn'), INFERENCE_MODES.index('bn_shaping')
     for mode in (ADV, MAIN):
         name, _ = training(config, 'pgd', mode)
         for rule, meaning in RULES.items():
-            clean, pgd = (cells[name].attack(attack, norms=rule) for attack in ('clean', 'pgd'))
+            clean, pgd = (cells[name].attack(attack, norms=rule, num_eval_examples=n)
+                          for attack in ('clean', 'pgd'))
             gain = paired_difference(right_of(pgd, shaped), right_of(pgd, pn))
             rows.append([f'`{name}`', meaning, shown(clean['results'][pn]),
                          *(shown(pgd['results'][i]) for i in (pn, shaped)), difference(*gain)])
@@ -700,7 +703,7 @@ def caption(target, config):
     if config['classes']:
         data += f' ({", ".join(config["classes"])})'
     n = config['num_eval_examples']
-    what = f'the first {n} test images'
+    what = f'the first {min(n, NORMS_EXAMPLES) if target == "norms" else n} test images'
     if target == 'confoundings':
         what = f'the first {n} training images, in whole batches; 95% bootstrap intervals'
     elif target == 'shifts':
