@@ -54,7 +54,7 @@ FIRST_ROWS = ('clean', WORST_IN_BALL, 'apgd_eot', 'adaptive', 'apgd')  # what to
 SEEDS = 2
 SEED_ROWS = GAP_ROWS = ('clean', 'pgd', 'adaptive')
 SAME_POINTS = 0.02  # up to which two accuracies count as the same
-NORMS_EXAMPLES = 1000  # at most, and
+NORMS_EXAMPLES = 1000  # at most; that is enough to tell one rule from another
 SWEEP_EXAMPLES = 500  # at most: the sweeps are a check of the attacks, not a result
 SWEEP_STEPS = (1, 2, 5, 10, 20, 50, 100)
 SWEEP_EPSILONS = (0, 1, 2, 4, 8, 16, 32, 64)
