@@ -514,9 +514,9 @@ def checks_table(config, cells):
         rows.append([f'`{name}`', what, figures, difference(value, interval) if interval else '',
                      'holds' if holds else '**fails**'])
 
-    def compare(name, what, strong, weak, i=0, j=0, least=False):
-        """strong, weak: cells; i, j: which judge's. least: there must be a difference."""
-        a, b = right_of(strong, i), right_of(weak, j)
+    def compare(name, what, strong, weak, i=0, least=False):
+        """strong, weak: cells; i: which judge's. least: there must be a difference."""
+        a, b = right_of(strong, i), right_of(weak, i)
         value, interval = paired_difference(a, b)
         add(name, what, f'{percent(a.mean())} / {percent(b.mean())}', value, interval,
             interval[1] < 0 if least else None)
@@ -534,11 +534,11 @@ def checks_table(config, cells):
                 (less, weak), (more, strong) = max(pairs, key=lambda pair: paired_difference(
                     right_of(pair[1][1], i), right_of(pair[0][1], i))[1][0])
                 compare(name, f'{label}: more {key} never help; at worst {more} over {less}',
-                        strong, weak, i, i)
+                        strong, weak, i)
                 if key == 'epsilon':
                     left = right_of(of_value[-1], i).mean()
                     add(name, f'{label}: nothing is left at {key} {values[-1]}', percent(left),
-                          holds=left == 0)
+                        holds=left == 0)
         compare(name, f'`pgd` is stronger than {RANDOM_DRAWS:,} random perturbations, `pn`',
                 swept(cells[name], 'pgd', config, 'num_steps', config['num_steps']),
                 swept(cells[name], 'random', config), least=True)
@@ -547,7 +547,7 @@ def checks_table(config, cells):
         for mode in MODES:
             name, _ = training(config, adversary, mode)
             compare(name, '`adaptive` under `bn_shaping` is as strong as `pgd`, transferred',
-                    cells[name].attack('adaptive'), cells[name].attack('pgd'), shaped, shaped)
+                    cells[name].attack('adaptive'), cells[name].attack('pgd'), shaped)
     return markdown(['training', 'what must hold', 'accuracy', 'difference', ''], rows)
 
 
