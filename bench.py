@@ -34,12 +34,14 @@ from timeit import default_timer as timer
 from absl import flags
 import numpy as np
 
-from config import UserError, config_from_flags, run
+from config import config_from_flags
 import keras
 import tensorflow as tf
 
-from model import LEAKINESS, Model, build_model
+from model import Model, build_model
 from pgd_attack import LinfPGDAttack
+from running import UserError
+from running.program import run
 from train import make_optimizer, make_train_step, use_xla
 
 flags.DEFINE_integer('steps', 5, 'Training steps in a block, the unit that is timed.')
@@ -87,8 +89,8 @@ class OriginalOps(Model):
     def standardize(self, images):
         return tf.map_fn(tf.image.per_image_standardization, images)
 
-    def leaky_relu(self, x):
-        return tf.where(tf.less(x, 0.), LEAKINESS * x, x)
+    def _relu(self, x, leakiness=0.0):
+        return tf.where(tf.less(x, 0.), leakiness * x, x)
 
 
 def make_original_step(model_class, config, num_classes, rng):
@@ -101,8 +103,7 @@ def make_original_step(model_class, config, num_classes, rng):
     model = model_class(config['num_residual_units'], config['width_factor'], num_classes)
     optimizer = make_optimizer(config)
     optimizer.build(model.trainable_variables)
-    attack = LinfPGDAttack(model, config['epsilon'], config['num_steps'], config['step_size'],
-                           config['random_start'], config['loss_func'])
+    attack = LinfPGDAttack.from_config(model, config)
     epsilon, step_size = config['epsilon'], config['step_size']
     batch = [tf.TensorSpec([None, IMAGE_SIZE, IMAGE_SIZE, 3], tf.float32),
              tf.TensorSpec([None], tf.int64)]

@@ -1,80 +1,33 @@
 """The configuration that all programs share: config.json, --config FILE, --set key=value.
 
 `config.json` holds every key; another file overrides some of them or all; `--set` overrides both.
-A configuration is a plain dict, as in the original. FIELDS below says what each key may hold.
+A configuration is a plain dict, as in the original. SCHEMA below is the one place that knows a key:
+what it may hold, and what it is part of.
 """
+from collections.abc import Callable
 import json
 import os
-import signal
-import stat
 import sys
+from typing import NamedTuple
 import unicodedata
 
-from absl import app, flags, logging
+from absl import flags
 
-from files import replacing
-
-# Before Keras and TensorFlow are imported:
-os.environ['KERAS_BACKEND'] = 'tensorflow'
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # a quiet start
+from running import UserError
+from running.files import replacing
+from running.untrusted import parse_json, read_json
 
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 MAX_INTEGER = 2 ** 31 - 1
-MAX_JSON_BYTES = 2 ** 22  # of a JSON file; config.json has 1,500
-STOPPED = 75  # exit status of a training that a signal stopped: EX_TEMPFAIL of sysexits.h
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 ADVERSARIES = ('pgd', 'trades')
 DISTRIBUTIONS = ('none', 'mirrored', 'multi_worker')
-ATTACKS = ('clean', 'fgsm', 'pgd', 'cw', 'deepfool', 'shaping', 'adaptive', 'adaptive_weak', 'apgd',
-           'apgd_eot', 'random')
+BATCH_NORMS = ('per_replica', 'synchronized')
+PRECISIONS = ('float32', 'mixed_bfloat16')
+LOSS_FUNCS = ('xent', 'cw')
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')
-
-
-class UserError(ValueError):
-    """A mistake of the user's, told in one line: what is wrong and what would fit."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which a cluster sends before it kills: the same as Ctrl-C, but for the status."""
-
-
-def _terminate(*_):
-    raise Terminated
-
-
-def run(main, names=None):
-    """Runs main() as an absl program; a user's mistake ends it with one line and exit status 2.
-
-    Ctrl-C and SIGTERM end it with one line and a shell's usual status, 130 and 143.
-
-    With `names`, the words that the program takes beside its options, it runs main(words given).
-    """
-    name = os.path.basename(sys.argv[0])
-
-    def guarded(argv):
-        logging.set_verbosity(logging.WARNING)
-        try:
-            for word in argv[1:]:
-                if names is None:
-                    raise UserError(f'{word!r} is not an option; {name} --help lists them')
-                if word not in names:
-                    raise UserError(f'{word!r} is none of {", ".join(names)}')
-            main() if names is None else main(argv[1:])
-        except UserError as error:
-            print(f'{name}: {error}', file=sys.stderr)
-            sys.exit(2)
-        except OSError as error:  # a full disk, a folder that may not be written, ...
-            print(f'{name}: {error.filename or "the system"}: {error.strerror or error}',
-                  file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt as stop:
-            print(f'\n{name}: stopped', file=sys.stderr)
-            sys.exit(143 if isinstance(stop, Terminated) else 130)
-
-    signal.signal(signal.SIGTERM, _terminate)
-    app.run(guarded)
 
 
 def _text(value):
@@ -126,59 +79,94 @@ def _classes(value):
                              and len(set(value)) == len(value))
 
 
-def _num_attack_examples(value):
-    return isinstance(value, dict) and all(
-        name in ATTACKS and _integer(1)[0](n) for name, n in value.items())
+def _num_attack_examples(value):  # attacks.check_names knows the names
+    return isinstance(value, dict) and all(map(_integer(1)[0], value.values()))
 
 
-SEED = _integer(0)
-FOLDER = _text, 'the path of a folder'
+class Key(NamedTuple):
+    """What the schema says of one key of the configuration."""
+    check: Callable   # value -> bool
+    expected: str     # what it may hold, in words
+    part: str         # what it is part of: see PARTS
+    attacks: tuple = ()  # where part is 'attack': the names of those attacks
 
-# key: (check, what would fit). In the order of config.json.
-FIELDS = {
-    'model_dir': FOLDER,
-    'data_path': FOLDER,
-    'tf_random_seed': SEED,
-    'np_random_seed': SEED,
-    'max_num_training_steps': _integer(1),
-    'num_output_steps': _integer(1),
-    'num_summary_steps': _integer(1),
-    'num_checkpoint_steps': _integer(1),
-    'training_batch_size': _integer(2),
-    'step_size_schedule': (_schedule, '[step, learning rate] pairs such as [[0, 0.1], [40000, '
-                           '0.01]]: the first step 0, steps growing, rates above 0'),
-    'weight_decay': _number(0),
-    'momentum': _number(0, 1),
-    'num_eval_examples': _integer(1),
-    'eval_batch_size': _integer(1),
-    'eval_on_cpu': (_boolean, 'true or false'),
-    'epsilon': _number(0, 255),
-    'num_steps': _integer(1),
-    'step_size': _number(0, 255),
-    'random_start': (_boolean, 'true or false'),
-    'loss_func': _choice('xent', 'cw'),
-    'store_adv_path': (_npy_path, 'the path of a .npy file'),
-    'training_mode': _choice(*TRAINING_MODES),
-    'adversary': _choice(*ADVERSARIES),
-    'trades_beta': _number(0),
-    'shaping_ratio': _integer(1),
-    'inference_shaping_ratio': _integer(0),
-    'shaping_batch_size': _integer(2),
-    'dataset': _choice('cifar10', 'synthetic'),
-    'classes': (_classes, 'null, or a list of two or more different label names'),
-    'data_augmentation': (_boolean, 'true or false'),
-    'num_residual_units': _integer(1),
-    'width_factor': _integer(1),
-    'precision': _choice('float32', 'mixed_bfloat16'),
-    'xla': _choice('auto', 'on', 'off'),
-    'distribution': _choice(*DISTRIBUTIONS),
-    'batch_norms': _choice('per_replica', 'synchronized'),
-    'fgsm_epsilon': _number(0, 255),
-    'apgd_num_steps': _integer(1),
-    'eot_draws': _integer(1),
-    'num_attack_examples': (_num_attack_examples, 'an object such as {"cw": 200}: how many '
-                            f'examples, 1 or more, an attack is run on; of {", ".join(ATTACKS)}'),
+
+# What a key is part of decides whether it may change when a training is resumed, and whether the
+# accuracies of a checkpoint depend on it.
+PARTS = {
+    'training': 'what is trained, and so every accuracy',
+    'devices': 'what is trained: how the devices share it. An evaluation runs on one device',
+    'evaluation': 'how, on what and at which step a checkpoint is evaluated',
+    'attack': 'the attacks named beside it, and no other accuracy',
+    'output': 'neither: where things are, what is reported when, what computes it'}
+
+_SEED = _integer(0)
+_PATH = _text, 'the path of a folder'
+_FLAG = _boolean, 'true or false'
+
+# In the order of config.json.
+SCHEMA = {
+    'model_dir': Key(*_PATH, 'output'),
+    'data_path': Key(*_PATH, 'output'),
+    'tf_random_seed': Key(*_SEED, 'training'),
+    'np_random_seed': Key(*_SEED, 'training'),
+    'max_num_training_steps': Key(*_integer(1), 'evaluation'),
+    'num_output_steps': Key(*_integer(1), 'output'),
+    'num_summary_steps': Key(*_integer(1), 'output'),
+    'num_checkpoint_steps': Key(*_integer(1), 'output'),
+    'training_batch_size': Key(*_integer(2), 'training'),
+    'step_size_schedule': Key(
+        _schedule, '[step, learning rate] pairs such as [[0, 0.1], [40000, 0.01]]: the first step '
+        '0, steps growing, rates above 0', 'training'),
+    'weight_decay': Key(*_number(0), 'training'),
+    'momentum': Key(*_number(0, 1), 'training'),
+    'num_eval_examples': Key(*_integer(1), 'evaluation'),
+    'eval_batch_size': Key(*_integer(1), 'evaluation'),
+    'eval_on_cpu': Key(*_FLAG, 'output'),
+    'epsilon': Key(*_number(0, 255), 'training'),
+    'num_steps': Key(*_integer(1), 'training'),
+    'step_size': Key(*_number(0, 255), 'training'),
+    'random_start': Key(*_FLAG, 'training'),
+    'loss_func': Key(*_choice(*LOSS_FUNCS), 'training'),
+    'store_adv_path': Key(_npy_path, 'the path of a .npy file', 'output'),
+    'training_mode': Key(*_choice(*TRAINING_MODES), 'training'),
+    'adversary': Key(*_choice(*ADVERSARIES), 'training'),
+    'trades_beta': Key(*_number(0), 'training'),
+    'shaping_ratio': Key(*_integer(1), 'training'),
+    'inference_shaping_ratio': Key(*_integer(0), 'evaluation'),
+    'shaping_batch_size': Key(*_integer(2), 'evaluation'),
+    'dataset': Key(*_choice('cifar10', 'synthetic'), 'training'),
+    'classes': Key(_classes, 'null, or a list of two or more different label names', 'training'),
+    'data_augmentation': Key(*_FLAG, 'training'),
+    'num_residual_units': Key(*_integer(1), 'training'),
+    'width_factor': Key(*_integer(1), 'training'),
+    'precision': Key(*_choice(*PRECISIONS), 'training'),
+    'xla': Key(*_choice('auto', 'on', 'off'), 'output'),
+    'distribution': Key(*_choice(*DISTRIBUTIONS), 'devices'),
+    'batch_norms': Key(*_choice(*BATCH_NORMS), 'devices'),
+    'fgsm_epsilon': Key(*_number(0, 255), 'attack', ('fgsm',)),
+    'apgd_num_steps': Key(*_integer(1), 'attack', ('apgd', 'apgd_eot')),
+    'eot_draws': Key(*_integer(1), 'attack', ('apgd_eot',)),
+    'num_attack_examples': Key(
+        _num_attack_examples, 'an object such as {"cw": 200}: on how many examples, 1 or more, an '
+        'attack is run', 'output'),
 }
+FLOATS = ('weight_decay', 'momentum', 'epsilon', 'step_size', 'trades_beta', 'fgsm_epsilon')
+
+
+def may_change(key):
+    """Returns whether a key may change when a training is resumed: it leaves the training as is."""
+    return SCHEMA[key].part not in ('training', 'devices')
+
+
+def relevant(config, attack=None):
+    """Returns the keys of a configuration that the accuracies under an attack depend on, a dict.
+
+    Args:
+        attack: an attack's name, or None: none of those with keys of their own.
+    """
+    return {key: config[key] for key, (_, _, part, attacks) in SCHEMA.items()
+            if part in ('training', 'evaluation') or attack in attacks}
 
 
 def _shown(value):
@@ -190,100 +178,46 @@ def _shown(value):
     return text if len(text) <= 200 else text[:200] + '...'
 
 
-def _pairs(pairs):
-    """json.loads's object_pairs_hook: refuses a key given twice, drops the original's _comment."""
-    result = {}
-    for key, value in pairs:
-        if key in result:
-            raise UserError(f'the key {key[:200]!r} is given twice')
-        if key != '_comment':
-            result[key] = value
-    return result
-
-
-def brief(error):
-    """Returns what an error says as one printable line: it may quote a stranger's file."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return ''.join(c if c.isprintable() else '?' for c in text)
-
-
-def check_plain(path, most=None):
-    """Raises UserError unless path is a plain file, of `most` bytes or fewer.
-
-    To be called before a file is opened: a pipe would block for ever, a device may never end.
-    """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}') from None
-    if stat.S_ISDIR(status.st_mode):
-        raise UserError(f'{path} cannot be read: Is a directory')
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f'{path} cannot be read: it is no plain file')
-    if most is not None and status.st_size > most:
-        raise UserError(f'{path} has {status.st_size:,} bytes; {most:,} at most would fit')
-
-
-def read_bytes(path, most):
-    """Returns the contents of a plain file of `most` bytes or fewer. Raises UserError."""
-    check_plain(path, most)
-    try:
-        with open(path, 'rb') as f:
-            return f.read(os.fstat(f.fileno()).st_size)
-    except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}') from None
-
-
-def read_json(path):
-    """Returns the dict in a JSON file. Raises UserError, with one line, when there is none."""
-    raw = read_bytes(path, MAX_JSON_BYTES)
-    try:
-        value = json.loads(raw.decode('utf-8'), object_pairs_hook=_pairs)
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f'{path} cannot be read: {type(error).__name__}') from None
-    except ValueError as error:
-        raise UserError(f'{path} is not JSON: {brief(error)}') from None
-    if not isinstance(value, dict):
-        raise UserError(f'{path} holds {type(value).__name__}; an object of keys would fit')
-    return value
-
-
 def parse_setting(setting):
     """Returns (key, value) of 'key=value'; the value is JSON, or text where the key wants text."""
     key, equals, text = setting.partition('=')
     if not equals:
-        raise UserError(f'--set {setting[:200]!r}: key=value would fit')
+        raise UserError(f'--set {setting[:200]!r}: expected key=value')
     try:
-        value = json.loads(text, object_pairs_hook=_pairs)
+        value = parse_json(text)
     except (ValueError, RecursionError):
         return key, text
-    wants_text = key in FIELDS and FIELDS[key][0](text) and not FIELDS[key][0](value)
-    return key, text if wants_text else value
+    check = SCHEMA[key].check if key in SCHEMA else lambda _: True
+    return key, text if check(text) and not check(value) else value
 
 
 def check_config(config):
     """Raises UserError unless every key is known, present and holds a value that can work."""
     for key, value in config.items():
-        if key not in FIELDS:
-            raise UserError(f'unknown key {key[:200]!r}; the keys are {", ".join(FIELDS)}')
-        check, fits = FIELDS[key]
-        if not check(value):
-            raise UserError(f'{key} is {_shown(value)}; {fits} would fit')
-    for key, (_, fits) in FIELDS.items():
+        if key not in SCHEMA:
+            raise UserError(f'unknown key {key[:200]!r}; the keys are {", ".join(SCHEMA)}')
+        if not SCHEMA[key].check(value):
+            raise UserError(f'{key} must be {SCHEMA[key].expected}, got {_shown(value)}')
+    for key in SCHEMA:
         if key not in config:
-            raise UserError(f'{key} is missing; {fits} would fit')
-    from shaping import num_clean
+            raise UserError(f'{key} is missing; expected {SCHEMA[key].expected}')
     for size, ratio in (('training_batch_size', 'shaping_ratio'),
                         ('shaping_batch_size', 'inference_shaping_ratio')):
         if size == 'training_batch_size' and not config['training_mode'].startswith('shaping'):
             continue
         try:
-            num_clean(config[size], config[ratio])
-        except ValueError as error:
+            check_ratio(config[size], config[ratio])
+        except UserError as error:
             raise UserError(
                 f'{size} is {config[size]} and {ratio} {config[ratio]}: {error}') from None
+
+
+def check_ratio(batch_size, ratio):
+    """Raises UserError, saying which sizes are possible, unless a batch can be divided n:1."""
+    if ratio < 0 or batch_size < 1 or ratio * batch_size % (ratio + 1):
+        possible = max(1, batch_size // (ratio + 1)) * (ratio + 1) if ratio >= 0 else 1
+        raise UserError(f'a batch of {batch_size} cannot be divided {ratio}:1; expected a multiple '
+                        f'of {ratio + 1}, such as {possible} or {possible + ratio + 1}')
 
 
 def load_config(path=None, settings=(), base=BASE):
@@ -303,8 +237,8 @@ def load_config(path=None, settings=(), base=BASE):
         key, value = parse_setting(setting)
         config[key] = value
     check_config(config)
-    config = {key: config[key] for key in FIELDS}
-    for key in ('weight_decay', 'momentum', 'epsilon', 'step_size', 'trades_beta', 'fgsm_epsilon'):
+    config = {key: config[key] for key in SCHEMA}
+    for key in FLOATS:
         config[key] = float(config[key])  # JSON's 8 is 8.0 here, as TensorFlow wants it
     config['step_size_schedule'] = [[step, float(r)] for step, r in config['step_size_schedule']]
     return config
@@ -327,8 +261,8 @@ def config_from_flags():
     if model_dir is None:
         return load_config(flags.FLAGS.config, flags.FLAGS.set)
     if flags.FLAGS.config is not None:
-        raise UserError('--config and --model_dir each name a configuration; one of them, with '
-                        '--set for single keys, would fit')
+        raise UserError('--config and --model_dir each name a configuration; expected one of them, '
+                        'with --set for single keys')
     stored = os.path.join(model_dir, 'config.json')
     return load_config(stored, [*flags.FLAGS.set, f'model_dir={json.dumps(model_dir)}'])
 

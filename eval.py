@@ -6,9 +6,9 @@
     python eval.py --checkpoint models/secret/checkpoint-70000 --inference pn
     python eval.py --watch                              # each new checkpoint as it comes
 
-Prints a table and writes MODEL_DIR/eval/results.json, which holds this run's figures alone, and
-TensorBoard summaries beside it. Stopped and started again with the same command, it goes on after
-the last batch that was finished; until results.json is written, such batches are kept in
+Prints a table and writes MODEL_DIR/eval/results.json, which holds this run's numbers alone, and
+TensorBoard summaries beside it. Stopped and started again with the same command, it resumes after
+the last finished batch; until results.json is written, such batches are kept in
 MODEL_DIR/eval/unfinished, which may be removed at any time.
 """
 from datetime import datetime
@@ -20,43 +20,102 @@ from timeit import default_timer as timer
 from absl import flags
 import numpy as np
 
-from config import ATTACKS, UserError, config_from_flags, define_model_flags, run
+from config import config_from_flags, define_model_flags, relevant
 import tensorflow as tf
 
-from attacks import MINIMUM_NORM, make_attack, num_examples, perturbation_fault
+from attacks import ATTACKS, MINIMUM_NORM, check_names, make_attack, num_examples
 from cifar10_input import eval_examples, load_data
-from files import replacing
-from model import build_model, checkpoints, find_checkpoint, newest_whole
+from model import build_model, checkpoints, find_checkpoint, newest_intact
+from pgd_attack import perturbation_fault
+from running import UserError
+from running.files import replacing
+from running.program import run
+from running.unfinished import batches, checkpoint_digest, data_digest, path_of, remove
 from shaping import INFERENCE_MODES, make_inference, queries_of
-from unfinished import batches, checkpoint_digest, data_digest, path_of, relevant, remove
 
 WORST_CASE = 'worst case'
 WORST_IN_BALL = 'worst in ball'
 
 
-def wilson_interval(num_correct, n, z=1.959964):
-    """Returns the 95% Wilson score interval (low, high) of a share of num_correct in n."""
-    share = num_correct / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0., centre - half), min(1., centre + half)
+def main():
+    # What is evaluated
+    config = config_from_flags()
+    attacks = choice('attack', flags.FLAGS.attack, ATTACKS)
+    modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
+    num_draws = flags.FLAGS.num_draws
+    if not 1 <= num_draws <= 1000:
+        raise UserError(f'--num_draws must be an integer, 1 to 1000, got {num_draws}')
+    if flags.FLAGS.watch and flags.FLAGS.checkpoint:
+        raise UserError('--watch waits for new checkpoints, --checkpoint names one; expected one '
+                        'of them')
+    check_names(config)
+    if config['eval_on_cpu']:
+        tf.config.set_visible_devices([], 'GPU')
+
+    # The data and the model
+    data = load_data(config)
+    eval_examples(data, config)
+    model = build_model(config, data.num_classes)
+    if not flags.FLAGS.watch:
+        checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
+
+    # The TensorBoard outputs
+    eval_dir = os.path.join(config['model_dir'], 'eval')
+    os.makedirs(eval_dir, exist_ok=True)
+    summary_writer = tf.summary.create_file_writer(eval_dir)
+
+    def evaluate_one(filename):
+        evaluate_checkpoint(filename, model, data, config, attacks, modes, num_draws,
+                            summary_writer, eval_dir)
+
+    if flags.FLAGS.watch:
+        watch(config['model_dir'], evaluate_one)
+    else:
+        evaluate_one(checkpoint)
 
 
-def paired_difference(a, b, z=1.959964):
-    """Returns the accuracy of a less that of b and its 95% interval, (difference, [low, high]).
+def evaluate_checkpoint(filename, model, data, config, attacks, modes, num_draws, summary_writer,
+                        eval_dir):
+    """Evaluates a single checkpoint: prints its table, writes results.json and summaries."""
+    # Restore the checkpoint
+    step = model.load_madry_checkpoint(filename)
+    print(f'Checkpoint {filename}, step {step}   ({datetime.now()})', flush=True)
 
-    Args:
-        a, b: bool [n], which of the same samples were right. Pairs that agree say nothing of the
-            difference, so that the interval is narrower than two separate ones.
+    # Attack and classify, batch by batch
+    kept = kept_files(os.path.join(eval_dir, 'unfinished'), filename, data_digest(data), config,
+                      attacks, modes, num_draws)
+    results = evaluate(model, data, config, attacks, modes, num_draws, kept)
 
-    Wald's interval with half a pair added to each of the four kinds (Agresti and Min, 2005). It is
-    approximate where few pairs disagree: five against none are just beyond zero, though their exact
-    p is 0.06.
-    """
-    n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
-    centre = (only_a - only_b) / (n + 2)
-    half = z * ((only_a + only_b + 1) - (only_a - only_b) ** 2 / (n + 2)) ** 0.5 / (n + 2)
-    return (only_a - only_b) / n, [max(-1., centre - half), min(1., centre + half)]
+    # Print and write
+    print_table(results, modes)
+    path = os.path.join(eval_dir, 'results.json')
+    write_results(path, filename, step, config, results)
+    remove(kept.values())
+    with summary_writer.as_default():
+        write_summaries(results, step)
+    summary_writer.flush()
+    print(f'Written to {path}', flush=True)
+
+
+def watch(model_dir, evaluate_one):
+    """Evaluates each new checkpoint as it comes, for ever, as the original does."""
+    last, seen = None, []
+    print('Waiting for a checkpoint', end='', flush=True)
+    while True:
+        there = checkpoints(model_dir)
+        checkpoint = newest_intact(model_dir) if there != seen else last
+        seen = there
+        if checkpoint and checkpoint != last:
+            print()
+            evaluate_one(checkpoint)
+            last = checkpoint
+            print('Waiting for the next checkpoint', end='', flush=True)
+        else:
+            print('.', end='', flush=True)
+        time.sleep(10)
+
+
+# ---- the evaluation
 
 
 def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None):
@@ -64,7 +123,7 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None):
 
     Args:
         model: a model.Model. data: a CIFAR10Data. config: the configuration.
-        attacks, modes: names in ATTACKS and INFERENCE_MODES.
+        attacks, modes: keys of ATTACKS, and names in INFERENCE_MODES.
         num_draws: see evaluate_attack. kept: {attack: path of a file} for evaluate_attack, or None.
 
     Raises:
@@ -110,7 +169,7 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None):
         num_draws: under how many independent draws of clean samples bn_shaping classifies each
             example. Its accuracy is then the mean over the draws.
         kept: path of a file for this attack alone, in which each batch that is finished is kept; if
-            it is there, the attack goes on after the last one. The file's name must say what the
+            it is there, the attack resumes after the last one. The file's name must say what the
             results depend on (unfinished.path_of). None: nothing is kept.
 
     Returns:
@@ -213,6 +272,17 @@ def cell(name, judge, right, config, settings):
     return result
 
 
+def wilson_interval(num_correct, n, z=1.959964):
+    """Returns the 95% Wilson score interval (low, high) of a share of num_correct in n."""
+    share = num_correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0., centre - half), min(1., centre + half)
+
+
+# ---- what is printed and written
+
+
 def print_table(results, modes):
     """Prints accuracies in percent with their 95% Wilson intervals: attacks down, modes across."""
     most = max(r['num_examples'] for r in results)
@@ -267,67 +337,8 @@ def choice(flag, value, known):
     names = [name.strip() for name in value.split(',')]
     for name in names:
         if name != 'all' and name not in known:
-            raise UserError(f'--{flag} is {name!r}; {", ".join(known)} or all would fit')
+            raise UserError(f'--{flag} is {name!r}; expected {", ".join(known)} or all')
     return [name for name in known if name in names or 'all' in names]
-
-
-def main():
-    config = config_from_flags()
-    attacks = choice('attack', flags.FLAGS.attack, ATTACKS)
-    modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
-    num_draws = flags.FLAGS.num_draws
-    if not 1 <= num_draws <= 1000:
-        raise UserError(f'--num_draws is {num_draws}; an integer, 1 to 1000, would fit')
-    if flags.FLAGS.watch and flags.FLAGS.checkpoint:
-        raise UserError('--watch waits for new checkpoints, --checkpoint names one; one would fit')
-    if config['eval_on_cpu']:
-        tf.config.set_visible_devices([], 'GPU')
-
-    # Set up the data, the model and the outputs
-    data = load_data(config)
-    eval_examples(data, config)
-    model = build_model(config, data.num_classes)
-    if not flags.FLAGS.watch:
-        checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
-    eval_dir = os.path.join(config['model_dir'], 'eval')
-    os.makedirs(eval_dir, exist_ok=True)
-    summary_writer = tf.summary.create_file_writer(eval_dir)
-    of_data = data_digest(data)
-
-    def evaluate_checkpoint(checkpoint):
-        step = model.load_madry_checkpoint(checkpoint)
-        print(f'Checkpoint {checkpoint}, step {step}   ({datetime.now()})', flush=True)
-        kept = kept_files(os.path.join(eval_dir, 'unfinished'), checkpoint, of_data, config,
-                          attacks, modes, num_draws)
-        results = evaluate(model, data, config, attacks, modes, num_draws, kept)
-        print_table(results, modes)
-        path = os.path.join(eval_dir, 'results.json')
-        write_results(path, checkpoint, step, config, results)
-        remove(kept.values())
-        with summary_writer.as_default():
-            write_summaries(results, step)
-        summary_writer.flush()
-        print(f'Written to {path}', flush=True)
-
-    if not flags.FLAGS.watch:
-        evaluate_checkpoint(checkpoint)
-        return
-
-    # Evaluate new checkpoints for ever, as the original does
-    last, seen = None, []
-    print('Waiting for a checkpoint', end='', flush=True)
-    while True:
-        there = checkpoints(config['model_dir'])
-        checkpoint = newest_whole(config['model_dir']) if there != seen else last
-        seen = there
-        if checkpoint and checkpoint != last:
-            print()
-            evaluate_checkpoint(checkpoint)
-            last = checkpoint
-            print('Waiting for the next checkpoint', end='', flush=True)
-        else:
-            print('.', end='', flush=True)
-        time.sleep(10)
 
 
 if __name__ == '__main__':

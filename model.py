@@ -8,16 +8,26 @@ moving averages ("PN").
 import os
 import re
 import sys
+from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError
+from config import BATCH_NORMS, PRECISIONS
+from running import UserError, brief
 import keras
 import tensorflow as tf
 
 BN_DECAY = 0.9        # of the moving averages; the original's model.py
 BN_EPSILON = 0.001    # added to the variance; the default of the original's batch_norm
 LEAKINESS = 0.1       # slope of the leaky ReLU below zero
+
+
+class Norms(NamedTuple):
+    """What one forward pass normalizes by; Model.call says what each of these means."""
+    training: bool = True
+    num_groups: int = 1
+    update_population_norms: bool = True
+    norms_from: int | None = None
 
 
 class Model(keras.Model):
@@ -42,8 +52,10 @@ class Model(keras.Model):
                  batch_norms='per_replica'):
         # autocast would turn the pixels into bfloat16 before they are standardized.
         super().__init__(name='model', autocast=False)
-        if precision not in ('float32', 'mixed_bfloat16'):
-            raise ValueError(f"precision is {precision!r}; 'float32' or 'mixed_bfloat16' would fit")
+        for name, value, known in (('precision', precision, PRECISIONS),
+                                   ('batch_norms', batch_norms, BATCH_NORMS)):
+            if value not in known:
+                raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
         self.strategy = tf.distribute.get_strategy()
         self.synchronized = batch_norms == 'synchronized'
         self.num_residual_units = num_residual_units
@@ -51,62 +63,8 @@ class Model(keras.Model):
         self.compute_type = tf.float32 if precision == 'float32' else tf.bfloat16
         self.filters = [16] + [channels * width_factor for channels in (16, 32, 64)]
         self._by_name = {}
-
-        self._add_conv('input/init_conv', 3, 16)
-        for name, in_filters, out_filters, _ in self.units():
-            self._add_batch_norm(f'{name}/{self._activation_scope(name)}', in_filters)
-            self._add_conv(f'{name}/sub1/conv1', in_filters, out_filters)
-            self._add_batch_norm(f'{name}/sub2', out_filters)
-            self._add_conv(f'{name}/sub2/conv2', out_filters, out_filters)
-        self._add_batch_norm('unit_last', self.filters[-1])
-        limit = np.sqrt(3.0 / self.filters[-1])  # TensorFlow 1's uniform_unit_scaling_initializer
-        self._add('logit/DW', (self.filters[-1], num_classes),
-                  keras.initializers.RandomUniform(-limit, limit))
-        self._add('logit/biases', (num_classes,), 'zeros')
+        self._build_model(tf.zeros([1, 32, 32, 3]), Norms(training=False))  # makes the variables
         self.built = True
-
-    def units(self):
-        """Yields (name, input channels, output channels, stride) of each unit, in order."""
-        for stage in (1, 2, 3):
-            for i in range(self.num_residual_units):
-                in_filters = self.filters[stage - 1 if i == 0 else stage]
-                stride = 2 if stage > 1 and i == 0 else 1
-                yield f'unit_{stage}_{i}', in_filters, self.filters[stage], stride
-
-    @staticmethod
-    def _activation_scope(name):
-        return 'shared_activation' if name == 'unit_1_0' else 'residual_only_activation'
-
-    def _add(self, name, shape, initializer):
-        # Keras allows no '/' in a name, and would cast on reading: normalization needs float32.
-        self._by_name[name] = self.add_weight(
-            name=name.replace('/', '.'), shape=shape, initializer=initializer, dtype='float32',
-            autocast=False)
-
-    def _add_population_norm(self, name, shape, initializer):
-        # Each replica moves its own copy, so that an attack step needs no word from the others;
-        # add_weight cannot say so. Keras tracks a variable that is an attribute.
-        self._by_name[name] = keras.Variable(
-            keras.initializers.get(initializer), name=name.replace('/', '.'), shape=shape,
-            dtype='float32', autocast=False, trainable=False, synchronization='on_read',
-            aggregation='mean')
-        setattr(self, '_' + name.replace('/', '_'), self._by_name[name])
-
-    def _add_conv(self, name, in_filters, out_filters):
-        stddev = np.sqrt(2.0 / (3 * 3 * out_filters))
-        self._add(f'{name}/DW', (3, 3, in_filters, out_filters),
-                  keras.initializers.RandomNormal(stddev=stddev))
-
-    def _add_batch_norm(self, name, channels):
-        self._add(f'{name}/BatchNorm/beta', (channels,), 'zeros')
-        self._add(f'{name}/BatchNorm/gamma', (channels,), 'ones')
-        self._add_population_norm(f'{name}/BatchNorm/moving_mean', (channels,), 'zeros')
-        self._add_population_norm(f'{name}/BatchNorm/moving_variance', (channels,), 'ones')
-
-    @property
-    def variables_by_name(self):
-        """dict: the original's name of each variable -> the variable."""
-        return dict(self._by_name)
 
     def call(self, images, training=True, num_groups=1, update_population_norms=True,
              norms_from=None):
@@ -128,64 +86,145 @@ class Model(keras.Model):
         Returns:
             logits [b, num_classes], float32.
         """
-        def conv(x, name, stride=1):
-            kernel = tf.cast(self._by_name[f'{name}/DW'], self.compute_type)
-            return tf.nn.conv2d(x, kernel, stride, padding='SAME')
+        return self._build_model(
+            images, Norms(training, num_groups, update_population_norms, norms_from))
 
-        def batch_norm(x, name):
-            beta, gamma, moving_mean, moving_variance = (
-                self._by_name[f'{name}/BatchNorm/{v}']
-                for v in ('beta', 'gamma', 'moving_mean', 'moving_variance'))
-            if not training:
-                return population_norm(x, gamma, beta, moving_mean, moving_variance)
-            if norms_from is not None:
-                mean, variance = tf.nn.moments(tf.cast(x[:norms_from], tf.float32), [0, 1, 2])
-                return population_norm(x, gamma, beta, mean, variance)
-            if self.synchronized and num_replicas() > 1:
-                y, mean, variance = synchronized_batch_norm(x, gamma, beta)
-            else:
-                y, mean, variance = batch_norm_by_group(x, gamma, beta, num_groups)
-            if update_population_norms and num_groups == 1:
-                moving_mean.assign_sub((moving_mean - mean) * (1 - BN_DECAY))
-                moving_variance.assign_sub((moving_variance - variance) * (1 - BN_DECAY))
-            return y
+    def _build_model(self, images, norms):
+        """Computes the logits. A variable is made where it is first used: in the constructor."""
+        x = self.standardize(tf.cast(images, tf.float32))
+        x = self._conv('input/init_conv', tf.cast(x, self.compute_type), 3, 3, self.filters[0], 1)
 
-        def activation(x, name):
-            return self.leaky_relu(batch_norm(x, name))
+        for name, in_filter, out_filter, stride in self.units():
+            x = self._residual(name, x, in_filter, out_filter, stride, norms,
+                               activate_before_residual=name == 'unit_1_0')
 
-        images = self.standardize(tf.cast(images, tf.float32))
-        x = conv(tf.cast(images, self.compute_type), 'input/init_conv')
-        for name, in_filters, out_filters, stride in self.units():
-            shortcut = x
-            x = activation(x, f'{name}/{self._activation_scope(name)}')
-            if name == 'unit_1_0':  # "shared": the shortcut, too, starts after the activation
-                shortcut = x
-            x = conv(x, f'{name}/sub1/conv1', stride)
-            x = conv(activation(x, f'{name}/sub2'), f'{name}/sub2/conv2')
-            if in_filters != out_filters:
-                if stride > 1:
-                    shortcut = tf.nn.avg_pool2d(shortcut, stride, stride, 'VALID')
-                pad = (out_filters - in_filters) // 2
-                shortcut = tf.pad(shortcut, [[0, 0], [0, 0], [0, 0], [pad, pad]])
-            x += shortcut
-        x = tf.cast(activation(x, 'unit_last'), tf.float32)
-        x = tf.reduce_mean(x, [1, 2])
-        return tf.matmul(x, self._by_name['logit/DW']) + self._by_name['logit/biases']
+        x = self._batch_norm('unit_last', x, norms)
+        x = self._relu(x, LEAKINESS)
+        x = self._global_avg_pool(tf.cast(x, tf.float32))
+        return self._fully_connected('logit', x, self.num_classes)
+
+    def units(self):
+        """Yields (name, input channels, output channels, stride) of each unit, in order."""
+        for stage in (1, 2, 3):
+            for i in range(self.num_residual_units):
+                in_filters = self.filters[stage - 1 if i == 0 else stage]
+                stride = 2 if stage > 1 and i == 0 else 1
+                yield f'unit_{stage}_{i}', in_filters, self.filters[stage], stride
 
     def standardize(self, images):
         """Returns images [b, 32, 32, 3], each of mean 0 and variance 1."""
         return tf.image.per_image_standardization(images)
 
-    def leaky_relu(self, x):
-        return tf.nn.leaky_relu(x, LEAKINESS)
+    def _batch_norm(self, name, x, norms):
+        """Normalizes x [b, h, w, c] by what `norms` says; moves the moving averages if it says."""
+        channels = (x.shape[-1],)
+        beta = self._variable(f'{name}/BatchNorm/beta', channels, keras.initializers.Zeros)
+        gamma = self._variable(f'{name}/BatchNorm/gamma', channels, keras.initializers.Ones)
+        moving_mean = self._moving_average(f'{name}/BatchNorm/moving_mean', channels, 'zeros')
+        moving_variance = self._moving_average(f'{name}/BatchNorm/moving_variance', channels,
+                                               'ones')
+        if not norms.training:
+            return population_norm(x, gamma, beta, moving_mean, moving_variance)
+        if norms.norms_from is not None:
+            mean, variance = tf.nn.moments(tf.cast(x[:norms.norms_from], tf.float32), [0, 1, 2])
+            return population_norm(x, gamma, beta, mean, variance)
+        if self.synchronized and num_replicas() > 1:
+            y, mean, variance = synchronized_batch_norm(x, gamma, beta)
+        else:
+            y, mean, variance = batch_norm_by_group(x, gamma, beta, norms.num_groups)
+        if norms.update_population_norms and norms.num_groups == 1:
+            moving_mean.assign_sub((moving_mean - mean) * (1 - BN_DECAY))
+            moving_variance.assign_sub((moving_variance - variance) * (1 - BN_DECAY))
+        return y
+
+    def _residual(self, name, x, in_filter, out_filter, stride, norms,
+                  activate_before_residual=False):
+        """Returns the output of one unit, two convolutions beside a shortcut."""
+        orig_x = x
+        scope = 'shared_activation' if activate_before_residual else 'residual_only_activation'
+        x = self._relu(self._batch_norm(f'{name}/{scope}', x, norms), LEAKINESS)
+        if activate_before_residual:
+            orig_x = x
+
+        x = self._conv(f'{name}/sub1/conv1', x, 3, in_filter, out_filter, stride)
+
+        x = self._relu(self._batch_norm(f'{name}/sub2', x, norms), LEAKINESS)
+        x = self._conv(f'{name}/sub2/conv2', x, 3, out_filter, out_filter, 1)
+
+        if in_filter != out_filter:
+            if stride > 1:
+                orig_x = tf.nn.avg_pool2d(orig_x, stride, stride, 'VALID')
+            pad = (out_filter - in_filter) // 2
+            orig_x = tf.pad(orig_x, [[0, 0], [0, 0], [0, 0], [pad, pad]])
+        return x + orig_x
+
+    def _decay(self):
+        """Returns the sum of half the squared norms of the convolution and dense kernels."""
+        return tf.add_n([tf.nn.l2_loss(tf.convert_to_tensor(v))
+                         for name, v in self._by_name.items() if name.endswith('/DW')])
+
+    def _conv(self, name, x, filter_size, in_filters, out_filters, stride):
+        """Returns the convolution of x, zeros around it, in the type of the network's compute."""
+        n = filter_size * filter_size * out_filters
+        kernel = self._variable(f'{name}/DW', (filter_size, filter_size, in_filters, out_filters),
+                                keras.initializers.RandomNormal, stddev=np.sqrt(2.0 / n))
+        return tf.nn.conv2d(x, tf.cast(kernel, self.compute_type), stride, padding='SAME')
+
+    def _relu(self, x, leakiness=0.0):
+        """Returns the leaky ReLU of x."""
+        return tf.nn.leaky_relu(x, leakiness)
+
+    def _fully_connected(self, name, x, out_dim):
+        """Returns the dense layer of x [b, c], float32 [b, out_dim]."""
+        in_dim = x.shape[-1]
+        limit = np.sqrt(3.0 / in_dim)  # TensorFlow 1's uniform_unit_scaling_initializer
+        w = self._variable(f'{name}/DW', (in_dim, out_dim), keras.initializers.RandomUniform,
+                           minval=-limit, maxval=limit)
+        b = self._variable(f'{name}/biases', (out_dim,), keras.initializers.Zeros)
+        return tf.matmul(x, w) + b
+
+    def _global_avg_pool(self, x):
+        """Returns the mean of x [b, h, w, c] over space, [b, c]."""
+        return tf.reduce_mean(x, [1, 2])
+
+    # ---- beyond the original's file: variables, checkpoints
+
+    def _variable(self, name, shape, initializer, **settings):
+        """Returns the variable of that name, made on its first use, as tf.get_variable does.
+
+        Args:
+            initializer: a class of keras.initializers. settings: its arguments.
+        """
+        if name not in self._by_name:
+            # Keras allows no '/' in a name, and would cast on reading: normalization needs float32
+            self._by_name[name] = self.add_weight(
+                name=name.replace('/', '.'), shape=shape, initializer=initializer(**settings),
+                dtype='float32', autocast=False)
+        return self._by_name[name]
+
+    def _moving_average(self, name, shape, initializer):
+        """Returns the moving average of that name, made on its first use."""
+        if name not in self._by_name:
+            # Each replica moves its own copy, so that an attack step needs no word from the others;
+            # add_weight cannot say so. Keras tracks a variable that is an attribute.
+            self._by_name[name] = keras.Variable(
+                keras.initializers.get(initializer), name=name.replace('/', '.'), shape=shape,
+                dtype='float32', autocast=False, trainable=False, synchronization='on_read',
+                aggregation='mean')
+            setattr(self, '_' + name.replace('/', '_'), self._by_name[name])
+        return self._by_name[name]
+
+    @property
+    def variables_by_name(self):
+        """dict: the original's name of each variable -> the variable."""
+        return dict(self._by_name)
 
     def weight_decay_loss(self):
         """Returns the sum of half the squared norms of the convolution and dense kernels, a scalar.
 
         Biases and normalization parameters are left out, as in the original.
         """
-        return tf.add_n([tf.nn.l2_loss(tf.convert_to_tensor(v))
-                         for name, v in self._by_name.items() if name.endswith('/DW')])
+        return self._decay()
 
     def average_population_norms(self):
         """Sets the moving averages of all replicas to their mean, in each replica's context.
@@ -230,7 +269,7 @@ class Model(keras.Model):
             the checkpoint's global step, an int (0 where it holds none).
 
         Raises:
-            config.UserError: no such checkpoint, or another network's; nothing is assigned then.
+            running.UserError: no such checkpoint, or another network's; nothing is assigned then.
         """
         copies = self._copies(optimizer)
         try:
@@ -253,7 +292,7 @@ class Model(keras.Model):
             raise
         except (tf.errors.OpError, ValueError, IndexError) as error:
             raise UserError(f'{prefix} cannot be read as a checkpoint: '
-                            f'{str(error).splitlines()[0]}') from None
+                            f'{brief(error)}') from None
         for name, replicas in copies.items():
             for variable in replicas:
                 variable.assign(values[name])
@@ -316,35 +355,35 @@ def damage(prefix):
     except OSError as error:
         return f'{os.path.basename(error.filename)}: {error.strerror}'
     except Exception as error:  # a damaged index raises nearly anything
-        return (str(error) or type(error).__name__).splitlines()[0]
+        return brief(error)
     return None
 
 
-def newest_whole(folder):
-    """Returns the prefix of the newest checkpoint in a folder that is whole, or None.
+def newest_intact(folder):
+    """Returns the prefix of the newest intact checkpoint in a folder, or None.
 
-    Those that were cut short or damaged are named on stderr and passed over.
+    Those that were cut short or damaged are named on stderr and skipped.
     """
     for prefix in checkpoints(folder):
         fault = damage(prefix)
         if fault is None:
             return prefix
-        print(f'{prefix} is damaged and passed over: {fault}', file=sys.stderr, flush=True)
+        print(f'{prefix} is damaged and skipped: {fault}', file=sys.stderr, flush=True)
     return None
 
 
 def find_checkpoint(config, prefix=None):
-    """Returns the prefix of a checkpoint: the one given, or the newest in model_dir that is whole.
+    """Returns the prefix of a checkpoint: the one given, or the newest intact one in model_dir.
 
     Raises:
-        UserError: there is none, or none that is whole.
+        UserError: there is none, or none that is intact.
     """
-    prefix = prefix or newest_whole(config['model_dir'])
+    prefix = prefix or newest_intact(config['model_dir'])
     if prefix:
         return prefix
     if checkpoints(config['model_dir']):
         raise UserError(f'model_dir {config["model_dir"]} holds checkpoints, but none that is '
-                        'whole; another model_dir would fit')
+                        'intact; expected another model_dir')
     raise UserError(f'model_dir {config["model_dir"]} holds no checkpoint; train.py writes '
                     'them there')
 

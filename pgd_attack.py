@@ -5,18 +5,23 @@ the original does, and stores the result in store_adv_path:
 
     python pgd_attack.py --config FILE
 
-Stopped and started again with the same command, it goes on after the last batch that was finished:
-until the end they are kept in STORE_ADV_PATH.part.
+Stopped and started again with the same command, it resumes after the last finished batch: until the
+end they are kept in STORE_ADV_PATH.part.
 """
 import os
 
 from absl import flags
 import numpy as np
 
-from config import UserError, config_from_flags, define_model_flags, run
+from config import LOSS_FUNCS, config_from_flags, define_model_flags, relevant
 import tensorflow as tf
 
-LOSS_FUNCS = ('xent', 'cw')
+from cifar10_input import eval_examples, load_data
+from model import build_model, find_checkpoint
+from running import UserError
+from running.program import run
+from running.unfinished import appended, checkpoint_digest, data_digest, finish
+from shaping import masked
 
 
 class LinfPGDAttack:
@@ -34,13 +39,13 @@ class LinfPGDAttack:
             original's training does. An attack on a model that is only judged must say False.
 
     Raises:
-        ValueError: an unknown loss_func. (The original fell back to 'xent'.)
+        ValueError: an unknown loss_func. (The original falls back to 'xent'.)
     """
 
     def __init__(self, model, epsilon, num_steps, step_size, random_start, loss_func, training=True,
                  update_population_norms=True):
         if loss_func not in LOSS_FUNCS:
-            raise ValueError(f'loss_func is {loss_func!r}; one of {LOSS_FUNCS} would fit')
+            raise ValueError(f'loss_func must be one of {LOSS_FUNCS}, got {loss_func!r}')
         self.model = model
         self.epsilon = epsilon
         self.num_steps = num_steps
@@ -50,7 +55,13 @@ class LinfPGDAttack:
         self.norms = {'training': training}
         if not update_population_norms:
             self.norms['update_population_norms'] = False
+        self.strategy = getattr(model, 'strategy', None) or tf.distribute.get_strategy()
         self._graph = tf.function(self._perturb)
+
+    @classmethod
+    def from_config(cls, model, config, **norms):
+        """Returns the attack that a configuration describes. norms: as above, by name."""
+        return cls(model, **pgd_settings(config), **norms)
 
     def perturb(self, x_nat, y, seed, tail=None):
         """Returns adversarial examples within epsilon of x_nat and within [0, 255].
@@ -58,7 +69,7 @@ class LinfPGDAttack:
         Args:
             x_nat: natural images [b, 32, 32, 3], pixels in [0, 255], any numeric type.
             y: labels [b], integers.
-            seed: an int or two of them ([2]); the random start follows from it alone.
+            seed: an int or two of them ([2]); the random start is derived from it alone.
             tail: boolean mask [b] of the samples that are attacked, None for all. The others'
                 pixels come back bit for bit as they were. They still take part in every step:
                 in the batch norms and in the loss (paper, Eq. 5).
@@ -75,32 +86,43 @@ class LinfPGDAttack:
         return self._graph(x_nat, tf.cast(y, tf.int64), seed, tail)
 
     def _perturb(self, x_nat, y, seed, tail, *given):
-        target = self.target(x_nat, y)
-        x = self.first(x_nat, seed, tail)
-        for _ in tf.range(self.num_steps):
-            x = self.step(x, x_nat, target, tail, *given)
-            x.set_shape(x_nat.shape)
-        return x
+        return self.ascend(self.initialize(x_nat, seed), x_nat, y, tail, *given)
 
-    def ball(self, x_nat):
-        """Returns the least and the greatest pixels that an example may have, [b, 32, 32, 3]."""
-        return tf.maximum(x_nat - self.epsilon, 0.), tf.minimum(x_nat + self.epsilon, 255.)
-
-    def first(self, x_nat, seed, tail):
-        """Returns the batch before the first step; `perturb` says what the arguments are."""
-        return masked(self.start(x_nat, *self.ball(x_nat), seed), x_nat, tail)
-
-    def step(self, x, x_nat, target, tail, *given):
-        """Returns the batch x [b, 32, 32, 3] one step on; `target` is what self.target returned."""
-        x += self.step_size * tf.sign(self.gradient(x, target, *given))
-        return masked(tf.clip_by_value(x, *self.ball(x_nat)), x_nat, tail)
-
-    def start(self, x_nat, lower, upper, seed):
+    def initialize(self, x_nat, seed):
         """Returns where the attack starts, [b, 32, 32, 3]."""
         if not self.rand:
             return x_nat
         noise = 2. ** -31 * tf.cast(random_bits(x_nat, seed), tf.float32)  # uniform in [-1, 1]
-        return tf.clip_by_value(x_nat + self.epsilon * noise, lower, upper)
+        return self.project(x_nat + self.epsilon * noise, x_nat)
+
+    def ascend(self, x, x_nat, y, tail=None, *given):
+        """Returns the batch after num_steps steps from x; to be called within a tf.function.
+
+        The loop is around the replicas of the model's strategy, where there are several: these
+        cannot exchange anything within a loop of their own. x, x_nat and y are then all replicas'
+        values, and tail is the mask of one share.
+        """
+        run_ = self.strategy.run
+        x, target = run_(self.before, (x, x_nat, y, tail))
+        for _ in tf.range(self.num_steps):
+            x = run_(self.step, (x, x_nat, target, tail, *given))
+        return x
+
+    def before(self, x, x_nat, y, tail):
+        """Returns the batch before the first step, and what the loss compares the logits with."""
+        return masked(x, x_nat, tail), self.target(x_nat, y)
+
+    def step(self, x, x_nat, target, tail, *given):
+        """Returns the batch x [b, 32, 32, 3] one step on; `target` is what self.target returned."""
+        stepped = x + self.step_size * tf.sign(self.gradient(x, target, *given))
+        stepped = masked(self.project(stepped, x_nat), x_nat, tail)
+        stepped.set_shape(x_nat.shape)
+        return stepped
+
+    def project(self, x, x_nat):
+        """Returns x [b, 32, 32, 3] clipped to the ball around x_nat and to [0, 255]."""
+        return tf.clip_by_value(x, tf.maximum(x_nat - self.epsilon, 0.),
+                                tf.minimum(x_nat + self.epsilon, 255.))
 
     def target(self, x_nat, y):
         """Returns what the loss compares the logits with: the labels y [b]."""
@@ -120,9 +142,10 @@ class LinfPGDAttack:
         return -tf.reduce_sum(tf.nn.relu(margin(logits, y) + 50))
 
 
-def masked(x, x_nat, tail):
-    """Returns x where the mask tail [b] is set and x_nat elsewhere; x where tail is None."""
-    return x if tail is None else tf.where(tail[:, None, None, None], x, x_nat)
+def pgd_settings(config):
+    """Returns what LinfPGDAttack takes from a configuration."""
+    return {key: config[key] for key in ('epsilon', 'num_steps', 'step_size', 'random_start',
+                                         'loss_func')}
 
 
 def margin(logits, y):
@@ -134,40 +157,62 @@ def margin(logits, y):
 
 
 def random_bits(like, seed):
-    """Returns int32s over their whole range, in the shape of `like`; they follow from the seed.
+    """Returns int32s over their whole range, in the shape of `like`, derived from the seed.
 
     Random floats are made of these: XLA makes other floats of one seed than the standard kernels.
     """
     return tf.random.stateless_uniform(tf.shape(like), seed, None, None, tf.int32, alg='philox')
 
 
+def perturbation_fault(x_nat, x_adv, epsilon, slack=1e-4):
+    """Returns what is wrong with adversarial examples, a line, or None if nothing is.
+
+    Args:
+        x_nat, x_adv: [b, 32, 32, 3]. epsilon: radius of the ball, in pixels, or None: there is no
+            ball, [0, 255] alone. slack: for rounding.
+    """
+    x_adv = np.asarray(x_adv, np.float64)
+    if not np.isfinite(x_adv).all():
+        return 'a pixel is NaN or infinite'
+    low, high = x_adv.min(), x_adv.max()
+    if low < -slack or high > 255 + slack:
+        return f'pixels lie in [{low:.6g}, {high:.6g}]; expected [0, 255]'
+    if epsilon is None:
+        return None
+    l_inf = np.abs(x_adv - np.asarray(x_nat, np.float64)).max()
+    if l_inf > epsilon + slack:
+        return f'the largest perturbation is {l_inf:.6g}; expected at most epsilon, {epsilon:.6g}'
+    return None
+
+
 def main():
-    from attacks import make_attack, perturbation_fault
-    from cifar10_input import eval_examples, load_data
-    from model import build_model, find_checkpoint
-    from unfinished import appended, checkpoint_digest, data_digest, finish, relevant
     config = config_from_flags()
     path = config['store_adv_path']
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.'):
-        raise UserError(f'store_adv_path is {path}; the path of a file in a folder that exists '
-                        'would fit')
+        raise UserError(f'store_adv_path is {path}; expected the path of a file in a folder that '
+                        'exists')
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
+
+    # The model and the attack
     data = load_data(config)
-    images, _ = eval_examples(data, config)
+    images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
     model.load_madry_checkpoint(checkpoint)
-    attack, settings = make_attack('pgd', model, data, config)
-    what = [checkpoint_digest(checkpoint), data_digest(data), relevant(config, 'pgd')]
+    attack = LinfPGDAttack.from_config(model, config, training=False)
 
-    # Iterate over the samples batch by batch
+    # Attack the samples, batch by batch
     x_adv = np.empty(images.shape, np.float32)
-    for start, end in appended(path, x_adv, config['eval_batch_size'], what, 'pgd'):
-        x_adv[start:end] = attack(start, end)
-    fault = perturbation_fault(images, x_adv, settings['epsilon'])
+    what = [checkpoint_digest(checkpoint), data_digest(data), relevant(config, 'pgd')]
+    for bstart, bend in appended(path, x_adv, config['eval_batch_size'], what, 'pgd'):
+        seed = config['np_random_seed'], bstart
+        x_adv[bstart:bend] = attack.perturb(images[bstart:bend], labels[bstart:bend], seed)
+    fault = perturbation_fault(images, x_adv, config['epsilon'])
     if fault:
         raise RuntimeError(fault)
+
+    # Store the examples
     finish(path)
     print(f'{len(x_adv)} examples stored in {path}')
 

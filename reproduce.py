@@ -26,23 +26,26 @@ import sys
 from absl import flags
 import numpy as np
 
-from config import (FIELDS, STOPPED, Terminated, UserError, config_from_flags, load_config,
-                    read_json, run, store_config)
+from config import SCHEMA, config_from_flags, load_config, relevant, store_config
 import tensorflow as tf
 
-from attacks import RANDOM_DRAWS, make_attack, num_examples
+from attacks import make_attack, num_examples
+from attacks.random_search import RANDOM_DRAWS
 from cifar10_input import eval_examples, load_data
-from confoundings import (bootstrap, excess, logit_errors, norm_shifts,
-                          perturbation_sizes)
-from eval import (WORST_IN_BALL, evaluate_attack, make_judges, paired_difference,
-                  worst_cases)
-from files import replacing
-from model import build_model, newest_whole
-from paper import (ADV, CLAIMS, INFERENCE_RATIOS, MAIN, PAPER_ADAPTIVE, PAPER_CONFOUNDINGS,
-                   PAPER_RATIOS, PAPER_TABLES, SAME, TRAINING, paper_accuracy)
-from population_norms import NUM_BATCHES, RULES, set_population_norms
+from eval import WORST_IN_BALL, evaluate_attack, make_judges, worst_cases
+from model import build_model, newest_intact
+from paper.experiments import logit_errors, norm_shifts, perturbation_sizes
+from paper.intervals import bootstrap, excess, paired_difference
+from paper.population_norms import NUM_BATCHES, RULES, set_population_norms
+from paper.published import (ADV, CLAIMS, INFERENCE_RATIOS, MAIN, PAPER_ADAPTIVE,
+                             PAPER_CONFOUNDINGS, PAPER_RATIOS, PAPER_TABLES, SAME, TRAINING,
+                             paper_accuracy)
+from running import UserError
+from running.files import replacing
+from running.program import STOPPED, Terminated, run
+from running.unfinished import checkpoint_digest, data_digest, path_of, remove
+from running.untrusted import read_json
 from shaping import INFERENCE_MODES, num_clean
-from unfinished import checkpoint_digest, data_digest, path_of, relevant, remove
 
 TARGETS = ('table1', 'table2', 'table3', 'table4', 'confoundings', 'shifts', 'sweeps', 'seeds',
            'norms', 'gap', 'checks', 'claims')
@@ -114,7 +117,7 @@ def train(name, config, base):
     """
     model_dir, steps = config['model_dir'], config['max_num_training_steps']
     stored = os.path.join(model_dir, 'config.json')
-    newest = newest_whole(model_dir)
+    newest = newest_intact(model_dir)
     done = int(newest.rpartition('-')[2]) if newest else 0
     if done > steps:
         raise UserError(f'{model_dir} holds a training of {done} steps; max_num_training_steps '
@@ -128,7 +131,7 @@ def train(name, config, base):
         command += ['--config', flags.FLAGS.config]
     for setting in flags.FLAGS.set:
         command += ['--set', setting]
-    for key in FIELDS:
+    for key in SCHEMA:
         if config[key] != base[key]:
             command += ['--set', f'{key}={json.dumps(config[key])}']
     print(f'\nTraining {name}:\n    {shlex.join(["python", "train.py", *command[2:]])}', flush=True)

@@ -1,35 +1,35 @@
-"""Norm shaping, the paper's contribution: n:1 batches, the tail mask, the three inference modes.
-
-ShapedPGDAttack, at the end, is PGD by an attacker who goes through such batches himself.
-"""
+"""Norm shaping, the paper's contribution: n:1 batches, the tail mask, the three inference modes."""
 import numpy as np
+
+from config import check_ratio
 import tensorflow as tf
 
-from config import UserError
-from pgd_attack import LinfPGDAttack
+from running import UserError
 
 INFERENCE_MODES = ('bn', 'pn', 'bn_shaping')
 MAX_IMAGES = 1000  # in one forward pass of shaped batches: a bound on memory, not on a call
 MAX_GRADIENT_IMAGES = 100  # in one gradient of them, which keeps all activations
-DRAW = 10 ** 6  # query number of a batch's second draw of clean samples, less that of its first
+DRAW = 10 ** 6  # offset between the query numbers of successive draws of clean samples
 
 
 def num_clean(batch_size, ratio):
     """Returns k = n * m / (n + 1), how many of m samples stay clean at ratio n:1 (paper, Eq. 5).
 
     Raises:
-        ValueError: k is not whole; says which sizes fit.
+        ValueError: k is not whole; says which sizes are possible.
     """
-    if ratio < 0 or batch_size < 1 or ratio * batch_size % (ratio + 1):
-        fits = max(1, batch_size // (ratio + 1)) * (ratio + 1) if ratio >= 0 else 1
-        raise UserError(f'a batch of {batch_size} cannot be shared out {ratio}:1; multiples of '
-                        f'{ratio + 1} fit, such as {fits} or {fits + ratio + 1}')
+    check_ratio(batch_size, ratio)
     return ratio * batch_size // (ratio + 1)
 
 
 def tail_mask(batch_size, ratio):
     """Returns the boolean mask [batch_size] of a batch's adversarial tail, samples [k:m]."""
     return np.arange(batch_size) >= num_clean(batch_size, ratio)
+
+
+def masked(x, x_nat, tail):
+    """Returns x where the mask tail [b] is set and x_nat elsewhere; x where tail is None."""
+    return x if tail is None else tf.where(tail[:, None, None, None], x, x_nat)
 
 
 class ShapedInference:
@@ -51,7 +51,7 @@ class ShapedInference:
     that do not fill a last batch make a smaller one, at the same ratio.
 
     Raises:
-        ValueError: a batch size that does not fit the ratio, or too few clean images for it.
+        ValueError: a batch size that is impossible at this ratio, or too few clean images for it.
     """
 
     def __init__(self, model, clean_images, ratio, batch_size, seed):
@@ -86,7 +86,7 @@ class ShapedInference:
     def split(self, num_images, query, max_images=MAX_IMAGES, draw=None):
         """Returns how one call is made up: a list of (start, end, clean samples).
 
-        images[start:end] are shaped by those clean samples, uint8 [groups, n * test samples in a
+        images[start:end] are shaped by these clean samples, uint8 [groups, n * test samples in a
         group, 32, 32, 3]: first the batches that are full, then the smaller one, if any. At most
         max_images make one part, unless a single batch is larger. `draw` stands in for self.draw.
         """
@@ -163,34 +163,6 @@ def queries_of(batch, num_draws):
     return [batch + draw * DRAW for draw in range(num_draws)]
 
 
-class ShapedPGDAttack(LinfPGDAttack):
-    """PGD with batch norms through n:1 batches whose clean samples the attacker chooses.
-
-    Args:
-        shaped: a ShapedInference, whose model and way to form batches the attack goes through.
-        epsilon, num_steps, step_size, random_start, loss_func: as in LinfPGDAttack.
-    """
-
-    def __init__(self, shaped, epsilon, num_steps, step_size, random_start, loss_func):
-        super().__init__(shaped.model, epsilon, num_steps, step_size, random_start, loss_func)
-        self.shaped = shaped
-
-    def perturb(self, x_nat, y, seed, clean):
-        """Returns adversarial examples, float32 [b, 32, 32, 3]; see LinfPGDAttack.perturb.
-
-        Args:
-            seed: two ints.
-            clean: [draws, groups, k, 32, 32, 3], one or more draws of clean samples as split makes
-                them. The loss is summed over the draws: the attack is against all of them at once.
-        """
-        return self._graph(tf.cast(x_nat, tf.float32), tf.cast(y, tf.int64),
-                           tf.cast(seed, tf.int64), None, tf.convert_to_tensor(clean))
-
-    def gradient(self, x, target, clean):
-        total = tf.zeros_like(x)
-        for one_draw in clean:  # a loop of the graph's, one draw at a time in memory
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(x)
-                loss = self.loss(self.shaped.logits(x, one_draw), target)
-            total += tape.gradient(loss, x)
-        return total
+def shaping_settings(config):
+    """Returns the form of bn_shaping's batches, as it stands in a configuration."""
+    return {key: config[key] for key in ('inference_shaping_ratio', 'shaping_batch_size')}

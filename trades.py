@@ -24,8 +24,8 @@ def kl_divergence(logits_nat, logits_adv):
 class TradesAttack(LinfPGDAttack):
     """PGD on the sum of KL(p(x_nat) || p(x_adv)) over a batch; see LinfPGDAttack for the arguments.
 
-    It starts from x_nat + 0.001 * N(0, 1) on the [0, 1] scale, where the divergence has a gradient,
-    whatever random_start may say of PGD. Labels are taken and not looked at.
+    It starts from x_nat + 0.001 * N(0, 1) on the [0, 1] scale, where the divergence has a gradient;
+    random_start and loss_func, which are PGD's, are ignored. So are the labels.
 
     What the paper leaves open: p(x_nat) is taken once, before the first step, under the norms that
     the attack itself uses. With batch norms those are the whole batch's, its tail still natural:
@@ -34,12 +34,7 @@ class TradesAttack(LinfPGDAttack):
     too: its distributions move with the batch norms.
     """
 
-    def __init__(self, model, epsilon, num_steps, step_size, training=True,
-                 update_population_norms=True):
-        super().__init__(model, epsilon, num_steps, step_size, True, 'xent', training,
-                         update_population_norms)
-
-    def start(self, x_nat, lower, upper, seed):
+    def initialize(self, x_nat, seed):
         # A standard normal by its inverse distribution function, from 23 bits: of 24, the kernel of
         # erfinv rounds the largest to 1, where it is infinite.
         bits = tf.bitwise.right_shift(random_bits(x_nat, seed), 9)

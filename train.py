@@ -3,43 +3,155 @@
     python train.py                                    # config.json: w32-10, norm shaping
     python train.py --config configs/quick.json --set training_mode=adv_only
 
-Started again with the same command, it goes on from the newest checkpoint in model_dir that is
-whole, and ends as if it had never been stopped: all that is random follows from the seeds and the
-step number, and the log and the TensorBoard curves are cut back to that checkpoint. Ctrl-C and
-SIGTERM let it finish the step and save; it then leaves with status 75.
+Started again with the same command, it resumes from the newest intact checkpoint in model_dir, and
+ends as if it had never been stopped: all randomness is derived from the seeds and the step number,
+and the log and the TensorBoard curves are cut back to that checkpoint. Ctrl-C and SIGTERM let it
+finish the step and save; it then exits with status 75.
 """
-from datetime import datetime, timedelta
+from datetime import datetime
 import json
 import os
 import sys
-from timeit import default_timer as timer
 import zlib
 
 from absl import flags
 import numpy as np
 
-from config import STOPPED, UserError, config_from_flags, load_config, run, store_config
+from config import config_from_flags, load_config, may_change, store_config
 import keras
 import tensorflow as tf
 from tqdm import tqdm
 
-from cifar10_input import eval_examples, load_data
-from distribution import (LOST, check_shares, divide_cpu, is_chief, make_strategy, make_sum,
-                          num_workers, shares)
+from attacks import check_names
+from cifar10_input import augment, eval_examples, load_data
 from model import build_model, checkpoints, find_checkpoint
-from pgd_attack import LinfPGDAttack, masked
-from resume import (LOG, append, forget_steps, in_one_line, reason, refuse_full_disk,
-                    remove_unfinished, stop_on_signals, take_lock, tell)
-from shaping import tail_mask
+from pgd_attack import LinfPGDAttack
+from running import UserError
+from running.devices import (LOST, check_agreement, check_shares, divide_cpu, is_chief,
+                             make_strategy, make_sum, num_workers, shares)
+from running.outputs import PROFILE_STEPS, Curves, Pace, Profile, Saver
+from running.program import STOPPED, run
+from running.resume import (LOG, append, forget_steps, reason, remove_unfinished, stop_on_signals,
+                            take_lock, tell)
+from shaping import masked, tail_mask
 from trades import TradesAttack, kl_divergence
 
-# Keys that a run may change when it is started again: they leave the training itself as it was.
-MAY_CHANGE = ('model_dir', 'data_path', 'max_num_training_steps', 'num_output_steps',
-              'num_summary_steps', 'num_checkpoint_steps', 'num_eval_examples', 'eval_batch_size',
-              'eval_on_cpu', 'store_adv_path', 'inference_shaping_ratio', 'shaping_batch_size',
-              'xla', 'fgsm_epsilon', 'apgd_num_steps', 'eot_draws', 'num_attack_examples')
 NUM_REPLICAS = 'num_replicas'  # in the checkpoints of several
-PROFILE_STEPS = 10
+
+
+def main():
+    tf.get_logger().setLevel('ERROR')  # the Saver calls itself deprecated, at length
+    config = config_from_flags()
+    divide_cpu(flags.FLAGS.logical_cpus)
+    strategy = make_strategy(config)
+    try:
+        train(config, strategy, flags.FLAGS.profile)
+    except LOST as error:
+        if num_workers(strategy) == 1:
+            raise
+        print(f'train.py: a worker was lost ({type(error).__name__}: {reason(error)[:200]}); '
+              'unless one tells of a mistake, the same command on all workers resumes from the '
+              'newest checkpoint', file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+def train(config, strategy, profile=False):
+    """Trains until max_num_training_steps, or until a signal; see the program's docstring.
+
+    Args:
+        strategy: what devices.make_strategy returns. profile: write a TensorBoard profile.
+    """
+    # Seeds and parameters
+    keras.utils.set_random_seed(config['tf_random_seed'])
+    max_num_training_steps, batch_size = (config[key] for key in (
+        'max_num_training_steps', 'training_batch_size'))
+    model_dir, chief = config['model_dir'], is_chief(strategy)
+    sum_over_replicas = make_sum(strategy)
+
+    # The data, the model and the optimizer
+    check_shares(config, strategy.num_replicas_in_sync)
+    data = load_data(config)
+    check_later_use(data, config)
+    with strategy.scope():
+        model = build_model(config, data.num_classes)
+        optimizer = make_optimizer(config)
+
+        # The attack, in one graph with the weight update
+        train_step = make_train_step(model, optimizer, config)
+    natural_accuracy, attacked_images = make_report(model, config)
+
+    # The newest intact checkpoint, if there is one
+    os.makedirs(model_dir, exist_ok=True)
+    _lock = take_lock(os.path.join(model_dir, 'lock')) if chief else None
+    start, newest = resume(config, model, optimizer, strategy)
+    check_workers(config, start, strategy)
+
+    # The TensorBoard, log and checkpoint outputs
+    profiler = Profile(model_dir, start, max_num_training_steps, profile)
+    if chief:
+        store_config(config, os.path.join(model_dir, 'config.json'))  # kept with the model
+        remove_unfinished(model_dir)
+        forget_steps(model_dir, start)
+        curves = Curves(model_dir)
+    saver = make_saver(config, model, optimizer, start, newest, chief)
+    if start == 0:
+        saver.save(0)
+
+    # Main training loop
+    asked, pace = stop_on_signals(), Pace(batch_size)
+    bar = tqdm(total=max_num_training_steps, initial=start, unit='step',
+               disable=not (chief and sys.stderr.isatty()))
+    for ii in range(start, max_num_training_steps):
+        profiler.begin(ii)
+        x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
+        batch = tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64)
+
+        # What the step itself does not tell: natural accuracy and the attacked images
+        output = ii % config['num_output_steps'] == 0
+        summary = ii % config['num_summary_steps'] == 0
+        nat_acc = float(natural_accuracy(*batch)) if output or summary else None
+        x_batch_adv = attacked_images(*batch) if summary else None
+
+        # Attack and training step
+        with pace.timed(ii, counted=ii > start):
+            metrics = {name: float(value) for name, value in train_step(*batch).items()}
+        bar.update()
+        if not np.isfinite(metrics['loss']):
+            saver.stop_diverged(ii, 'the loss')
+        stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
+        last = ii + 1 == max_num_training_steps
+
+        # The log first: once a checkpoint is written, a kill no longer has the step done again
+        report = []
+        if output:
+            speed = pace.tell(max_num_training_steps - ii - 1)
+            report, line = describe(ii, nat_acc, metrics, speed)
+            if chief:
+                append(os.path.join(model_dir, LOG), json.dumps(line))
+
+        # TensorBoard summaries
+        if summary and chief:
+            with curves.writing():
+                write_summaries(metrics, nat_acc, x_batch_adv, config, ii)
+        report += profiler.end(ii, stop)
+
+        # Write a checkpoint
+        if (ii + 1) % config['num_checkpoint_steps'] == 0 or last or stop:
+            saver.save(ii + 1)
+
+        # Output to stdout
+        if report and chief:
+            tell('\n'.join(report))
+        if stop and not last:
+            bar.close()
+            tell(f'Stopped after {ii + 1} steps, which are saved; the same command resumes')
+            sys.exit(STOPPED)
+    bar.close()
+    if chief:
+        tell(f'{max(start, max_num_training_steps)} steps done: {saver.last_good}')
+
+
+# ---- the optimizer
 
 
 class MomentumOptimizer(keras.optimizers.Optimizer):
@@ -87,16 +199,7 @@ def use_xla(config):
     return config['xla'] == 'on'
 
 
-def augment(images, seed):
-    """Pads images [b, 32, 32, 3] by 2 zeros a side, crops 32 x 32 and flips, both at random."""
-    b, size = images.shape[0], images.shape[1]
-    padded = tf.pad(images, [[0, 0], [2, 2], [2, 2], [0, 0]])
-    corner = tf.random.stateless_uniform([b, 2, 1], seed, 0, 5, tf.int32, alg='philox')
-    rows, columns = tf.unstack(corner + tf.range(size), axis=1)  # [b, 32] each
-    flipped = tf.random.stateless_uniform([b, 1], tf.random.fold_in(seed, 1, alg='philox'), 0, 2,
-                                          tf.int32, alg='philox') == 1
-    columns = tf.where(flipped, tf.reverse(columns, [1]), columns)
-    return tf.gather(tf.gather(padded, rows, batch_dims=1), columns, axis=2, batch_dims=1)
+# ---- the training step
 
 
 def adversarial_tail(config, num_replicas=1):
@@ -110,60 +213,47 @@ def adversarial_tail(config, num_replicas=1):
     return tail_mask(m, config['shaping_ratio'])
 
 
-def make_batch(model, config, update_population_norms=True):
-    """Returns f(images, labels, step) -> (x_nat, x, labels): augmented images, and the batch X^(T).
+def make_adversary(model, config, update_population_norms=True):
+    """Returns (get_batch, perturb), made of TensorFlow ops: a training batch, and its attack.
 
-    X^(T) is what the weight update sees: clean head and adversarial tail, as training_mode says
-    (paper, Eq. 5 and section VI). f is made of TensorFlow ops, its randomness of tf_random_seed and
-    the step number alone. With several replicas, each works on its share (distribution.shares), and
-    what f returns is all replicas' values; the attack's loop is around them, as replicas cannot
-    exchange anything within a loop of their own.
+    get_batch(images, labels, step) -> (x, x_nat, labels): where the attack starts, the augmented
+    images, the labels. Randomness is derived from tf_random_seed and the step number alone.
+
+    perturb(x, x_nat, labels) -> X^(T), what the weight update sees: clean head and adversarial
+    tail, as training_mode says (paper, Eq. 5 and section VI).
+
+    With several replicas, each works on its share (devices.shares), and x, x_nat and so on are all
+    replicas' values. What is random is drawn for the whole batch, then divided.
     """
     strategy = model.strategy
-    tail = adversarial_tail(config)
-    samples = shares(tail, strategy.num_replicas_in_sync)
-    mode = config['training_mode']
-    ball = config['epsilon'], config['num_steps'], config['step_size']
-    if config['adversary'] == 'trades':
-        attack = TradesAttack(model, *ball, update_population_norms=update_population_norms)
-    else:
-        attack = LinfPGDAttack(model, *ball, config['random_start'], config['loss_func'],
-                               update_population_norms=update_population_norms)
-    attacked = None  # that is, all
-    if mode == 'shaping_in_attack_and_training':
-        attacked = adversarial_tail(config, strategy.num_replicas_in_sync)
+    replicas = strategy.num_replicas_in_sync
+    samples = shares(adversarial_tail(config), replicas)
+    tail = adversarial_tail(config, replicas)
+    adversary = TradesAttack if config['adversary'] == 'trades' else LinfPGDAttack
+    attack = adversary.from_config(model, config, update_population_norms=update_population_norms)
 
-    def first(images, labels, step):
-        """What precedes the loop, in each replica: drawn for the whole batch, then shared out."""
+    def get_batch(images, labels, step):
         seed = tf.stack([tf.constant(config['tf_random_seed'], tf.int64), tf.cast(step, tf.int64)])
-        x_nat = x = tf.cast(images, tf.float32)
-        labels = tf.cast(labels, tf.int64)
+        x_nat = tf.cast(images, tf.float32)
         if config['data_augmentation']:
-            x_nat = x = augment(x_nat, tf.random.fold_in(seed, 0, alg='philox'))
-        if mode != 'natural':
-            x = attack.first(x_nat, tf.random.fold_in(seed, 1, alg='philox'),
-                             None if attacked is None else tail)
-        if len(samples) > 1:
-            mine = tf.gather(samples, tf.distribute.get_replica_context().replica_id_in_sync_group)
-            x_nat, x, labels = (tf.gather(values, mine) for values in (x_nat, x, labels))
-        return x_nat, x, labels, () if mode == 'natural' else attack.target(x_nat, labels)
+            x_nat = augment(x_nat, tf.random.fold_in(seed, 0, alg='philox'))
+        x = attack.initialize(x_nat, tf.random.fold_in(seed, 1, alg='philox'))
+        batch = x, x_nat, tf.cast(labels, tf.int64)
+        return batch if replicas == 1 else strategy.run(share, batch)
 
-    def attack_step(x, x_nat, target):
-        return attack.step(x, x_nat, target, attacked)
+    def share(*batch):
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return [tf.gather(values, tf.gather(samples, replica)) for values in batch]
 
-    def put_head_back(x, x_nat):
-        return masked(x, x_nat, adversarial_tail(config, len(samples)))
+    def perturb(x, x_nat, labels):
+        if config['training_mode'] == 'natural':
+            return x_nat
+        if config['training_mode'] != 'shaping_in_training':
+            return attack.ascend(x, x_nat, labels, None if tail.all() else tail)
+        x = attack.ascend(x, x_nat, labels)  # of the whole batch; then its head is put back
+        return strategy.run(masked, (x, x_nat, tail))
 
-    def batch(images, labels, step):
-        x_nat, x, labels, target = strategy.run(first, (images, labels, step))
-        if mode != 'natural':
-            for _ in tf.range(config['num_steps']):
-                x = strategy.run(attack_step, (x, x_nat, target))
-        if mode == 'shaping_in_training':
-            x = strategy.run(put_head_back, (x, x_nat))
-        return x_nat, x, labels
-
-    return batch
+    return get_batch, perturb
 
 
 def make_train_step(model, optimizer, config):
@@ -191,13 +281,23 @@ def make_train_step(model, optimizer, config):
     replicas = strategy.num_replicas_in_sync
     tail = adversarial_tail(config, replicas)
     beta = config['trades_beta'] if config['adversary'] == 'trades' and tail.any() else 0.
-    batch = make_batch(model, config)
+    get_batch, perturb = make_adversary(model, config)
     optimizer.build(model.trainable_variables)
 
-    def update(x_nat, x, labels):
+    @tf.function(jit_compile=replicas == 1 and use_xla(config), input_signature=[
+        tf.TensorSpec([m, 32, 32, 3], tf.uint8), tf.TensorSpec([m], tf.int64),
+        tf.TensorSpec([], tf.int64)])
+    def train_step(images, labels, step):
+        x, x_nat, labels = get_batch(images, labels, step)
+        x_adv = perturb(x, x_nat, labels)
+        learning_rate = tf.convert_to_tensor(optimizer.learning_rate)
+        metrics = strategy.run(update, (x_adv, x_nat, labels))
+        return {**mean_of_replicas(strategy, metrics), 'learning_rate': learning_rate}
+
+    def update(x_adv, x_nat, labels):
         with tf.GradientTape() as tape:
             logits_nat = model(x_nat) if beta else None
-            logits = model(x)
+            logits = model(x_adv)
             xent = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             loss = tf.reduce_mean(xent) + config['weight_decay'] * model.weight_decay_loss()
             loss /= replicas
@@ -208,25 +308,23 @@ def make_train_step(model, optimizer, config):
         optimizer.apply(gradients, model.trainable_variables)  # sums them over the replicas
         model.average_population_norms()
 
-        correct = tf.cast(tf.argmax(logits, 1) == labels, tf.float32)
-        means = {'xent': tf.reduce_mean(xent), 'accuracy': tf.reduce_mean(correct)}
+        means = batch_means(xent, tf.argmax(logits, 1) == labels, tail)
         if beta:
             means['kl'] = tf.reduce_mean(kl)
-        for name, part in (('clean', ~tail), ('adv', tail)):
-            if part.any():
-                means[f'xent_{name}'] = tf.reduce_mean(tf.gather(xent, np.flatnonzero(part)))
-                means[f'accuracy_{name}'] = tf.reduce_mean(tf.gather(correct, np.flatnonzero(part)))
         return {'loss': loss * replicas, **means}
 
-    @tf.function(jit_compile=replicas == 1 and use_xla(config), input_signature=[
-        tf.TensorSpec([m, 32, 32, 3], tf.uint8), tf.TensorSpec([m], tf.int64),
-        tf.TensorSpec([], tf.int64)])
-    def train_step(images, labels, step):
-        learning_rate = tf.convert_to_tensor(optimizer.learning_rate)
-        metrics = strategy.run(update, batch(images, labels, step))
-        return {**mean_of_replicas(strategy, metrics), 'learning_rate': learning_rate}
-
     return train_step
+
+
+def batch_means(xent, correct, tail):
+    """Returns the means over a batch, its clean head and its tail: {'xent', 'accuracy', ...}."""
+    correct = tf.cast(correct, tf.float32)
+    means = {'xent': tf.reduce_mean(xent), 'accuracy': tf.reduce_mean(correct)}
+    for name, part in (('clean', ~tail), ('adv', tail)):
+        if part.any():
+            means[f'xent_{name}'] = tf.reduce_mean(tf.gather(xent, np.flatnonzero(part)))
+            means[f'accuracy_{name}'] = tf.reduce_mean(tf.gather(correct, np.flatnonzero(part)))
+    return means
 
 
 def mean_of_replicas(strategy, values):
@@ -234,6 +332,9 @@ def mean_of_replicas(strategy, values):
     names = list(values)
     together = strategy.run(lambda *values: tf.stack(values), [values[name] for name in names])
     return dict(zip(names, tf.unstack(strategy.reduce('MEAN', together, axis=None))))
+
+
+# ---- what is reported
 
 
 def make_report(model, config):
@@ -244,42 +345,85 @@ def make_report(model, config):
     Of several replicas, X^(T) is this process's first one's share.
     """
     strategy = model.strategy
-    natural = make_batch(model, {**config, 'training_mode': 'natural'})
-    batch = make_batch(model, config, update_population_norms=False)
+    get_batch, perturb = make_adversary(model, config, update_population_norms=False)
+
+    def accuracy(x_nat, labels):
+        logits = model(x_nat, update_population_norms=False)
+        return {'accuracy': tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == labels, tf.float32))}
 
     @tf.function
     def natural_accuracy(images, labels, step):
-        def accuracy(_, x, labels):
-            logits = model(x, update_population_norms=False)
-            return {'accuracy': tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == labels, tf.float32))}
-        accuracies = strategy.run(accuracy, natural(images, labels, step))
+        accuracies = strategy.run(accuracy, get_batch(images, labels, step)[1:])
         return mean_of_replicas(strategy, accuracies)['accuracy']
 
     @tf.function
     def attacked_images(images, labels, step):
-        return strategy.experimental_local_results(batch(images, labels, step)[1])[0]
+        x_adv = perturb(*get_batch(images, labels, step))
+        return strategy.experimental_local_results(x_adv)[0]
 
     return natural_accuracy, attacked_images
 
 
-def write_summaries(metrics, nat_accuracy, x, tail, step):
+def describe(step, nat_acc, metrics, speed):
+    """Returns what tells of one step: lines for stdout, a dict for the log. speed: see Pace.tell."""
+    report = [f'Step {step}:    ({datetime.now()})',
+              f'    training nat accuracy {nat_acc * 100:.4}%']
+    if 'accuracy_adv' in metrics:
+        report.append(f'    training adv accuracy {metrics["accuracy_adv"] * 100:.4}%')
+    report.append(f'    loss {metrics["loss"]:.4f}, learning rate {metrics["learning_rate"]:.4g}')
+    line = {'step': step, 'accuracy_nat': nat_acc, **metrics}
+    if speed:
+        line['examples_per_second'], left = speed
+        report.append(f'    {speed[0]:.1f} examples per second, {left} left')
+    return report, line
+
+
+def write_summaries(metrics, nat_acc, x_adv, config, step):
     """Writes TensorBoard summaries; '... adv' are the original's tags.
 
     They tell of the attacked samples alone: what stays clean in the batch is under '... clean'.
     """
+    tail = adversarial_tail(config, config['training_batch_size'] // len(x_adv))
     for tag in ('{}', '{} train'):  # twice, as in the original: to compare with eval, with runs
         for name in ('adv', 'clean'):
             if f'xent_{name}' in metrics:
                 tf.summary.scalar(tag.format(f'accuracy {name}'), metrics[f'accuracy_{name}'], step)
                 tf.summary.scalar(tag.format(f'xent {name}'), metrics[f'xent_{name}'], step)
-        tf.summary.scalar(tag.format('accuracy nat'), nat_accuracy, step)
+        tf.summary.scalar(tag.format('accuracy nat'), nat_acc, step)
     for name in ('loss', 'kl'):
         if name in metrics:
             tf.summary.scalar(name, metrics[name], step)
     tf.summary.scalar('learning rate', metrics['learning_rate'], step)
     for name, part in (('adv', tail), ('clean', ~tail)):
         if part.any():
-            tf.summary.image(f'images {name} train', x.numpy()[part] / 255., step)
+            tf.summary.image(f'images {name} train', x_adv.numpy()[part] / 255., step)
+
+
+# ---- resuming, and what must agree
+
+
+def check_later_use(data, config):
+    """Raises UserError for what would fail later: fail now, not after the training."""
+    data.train_data.get_batch(0, config['training_batch_size'])
+    eval_examples(data, config)
+    check_names(config)
+
+
+def resume(config, model, optimizer, strategy):
+    """Loads the newest intact checkpoint in model_dir; returns (its step, its prefix) or (0, None).
+
+    Raises:
+        UserError: it is of another training, or no checkpoint there is intact.
+    """
+    model_dir = config['model_dir']
+    if not checkpoints(model_dir):
+        return 0, None
+    check_same_run(config, os.path.join(model_dir, 'config.json'))
+    newest = find_checkpoint(config)
+    check_same_replicas(config, newest, strategy.num_replicas_in_sync)
+    start = model.load_madry_checkpoint(newest, optimizer)
+    tell(f'Resuming from {newest}')
+    return start, newest
 
 
 def check_same_run(config, path):
@@ -288,10 +432,10 @@ def check_same_run(config, path):
         return
     stored = load_config(path)
     changed = [f'{key} (was {stored[key]}, is {config[key]})' for key in config
-               if key not in MAY_CHANGE and stored[key] != config[key]]
+               if not may_change(key) and stored[key] != config[key]]
     if changed:
         raise UserError(f'{config["model_dir"]} holds another training: {", ".join(changed)}; '
-                        'another model_dir would fit')
+                        'expected another model_dir')
 
 
 def check_same_replicas(config, prefix, num_replicas):
@@ -300,189 +444,28 @@ def check_same_replicas(config, prefix, num_replicas):
     before = int(reader.get_tensor(NUM_REPLICAS)) if reader.has_tensor(NUM_REPLICAS) else 1
     if config['batch_norms'] == 'per_replica' and before != num_replicas:
         raise UserError(f'{prefix} was trained by {before} replicas, each with batch norms of its '
-                        f'own; here are {num_replicas}: as many, or another model_dir, would fit')
+                        f'own; here are {num_replicas}: expected as many, or another model_dir')
 
 
-def main():
-    tf.get_logger().setLevel('ERROR')  # the Saver calls itself deprecated, at length
-    config = config_from_flags()
-    divide_cpu(flags.FLAGS.logical_cpus)
-    strategy = make_strategy(config)
-    check_shares(config, strategy.num_replicas_in_sync)
-    try:
-        train(config, strategy)
-    except LOST as error:
-        if num_workers(strategy) == 1:
-            raise
-        print(f'train.py: a worker was lost ({type(error).__name__}: {reason(error)[:200]}); '
-              'unless one tells of a mistake, the same command on all workers goes on from the '
-              'newest checkpoint', file=sys.stderr)
-        sys.exit(STOPPED)
-
-
-def train(config, strategy):
-    """Trains until max_num_training_steps, or until a signal; see the program's docstring."""
-    chief = is_chief(strategy)
-    sum_over_replicas = make_sum(strategy)
-    keras.utils.set_random_seed(config['tf_random_seed'])
-    max_num_training_steps = config['max_num_training_steps']
-    batch_size = config['training_batch_size']
-    model_dir = config['model_dir']
-    stored_config = os.path.join(model_dir, 'config.json')
-
-    # Setting up the data, the model and the optimizer
-    data = load_data(config)
-    data.train_data.get_batch(0, batch_size)
-    eval_examples(data, config)  # rather told now than after the training
-    with strategy.scope():
-        model = build_model(config, data.num_classes)
-        optimizer = make_optimizer(config)
-        train_step = make_train_step(model, optimizer, config)
-    natural_accuracy, attacked_images = make_report(model, config)
-    tail = adversarial_tail(config, strategy.num_replicas_in_sync)
-
-    # Going on from the newest checkpoint that is whole, where there is one
-    start, newest = 0, None
-    os.makedirs(model_dir, exist_ok=True)
-    _lock = take_lock(os.path.join(model_dir, 'lock')) if chief else None
-    if checkpoints(model_dir):
-        check_same_run(config, stored_config)
-        newest = find_checkpoint(config)
-        check_same_replicas(config, newest, strategy.num_replicas_in_sync)
-        start = model.load_madry_checkpoint(newest, optimizer)
-        tell(f'Going on from {newest}')
-    if sum_over_replicas(start) != start * strategy.num_replicas_in_sync:
-        raise UserError(f'this worker found a checkpoint of step {start} in {model_dir}, another '
-                        'one another: a model_dir that all workers share would fit')
+def check_workers(config, start, strategy):
+    """Raises UserError unless all workers start from the same step with the same configuration."""
+    check_agreement(strategy, start, f'this worker found a checkpoint of step {start} in '
+                    f'{config["model_dir"]}, another worker another one; expected a model_dir that '
+                    'all workers share')
     digest = zlib.crc32(json.dumps({**config, 'model_dir': '', 'data_path': ''}).encode())
-    if sum_over_replicas(digest) != digest * strategy.num_replicas_in_sync:
-        raise UserError('the workers have different configurations; the same but for model_dir and '
-                        'data_path would fit')
-    # The first step is left out: it also traces the graph
-    profiled = range(start + 1, start + 1 + PROFILE_STEPS) if flags.FLAGS.profile else range(0)
-    if flags.FLAGS.profile and max_num_training_steps - start <= PROFILE_STEPS:
-        raise UserError(f'--profile takes {PROFILE_STEPS} steps after the first; '
-                        f'{max(0, max_num_training_steps - start)} are left')
+    check_agreement(strategy, digest, 'the workers have different configurations; expected the '
+                    'same but for model_dir and data_path')
 
-    # Setting up the TensorBoard, log and checkpoint outputs
-    if chief:
-        store_config(config, stored_config)  # kept with the model, for reproducibility
-        remove_unfinished(model_dir)
-        forget_steps(model_dir, start)
-        state = model.checkpoint_variables(optimizer)
-        if strategy.num_replicas_in_sync > 1:
-            state[NUM_REPLICAS] = tf.Variable(strategy.num_replicas_in_sync)
-        saver = tf.compat.v1.train.Saver(state, max_to_keep=3,
-                                         save_relative_paths=True)  # model_dir may be moved
-        saver.recover_last_checkpoints([prefix for prefix in reversed(checkpoints(model_dir))
-                                        if int(prefix.rpartition('-')[2]) <= start])
-        log = os.path.join(model_dir, LOG)
-        with in_one_line(f'TensorBoard summaries in {model_dir}'):
-            summary_writer = tf.summary.create_file_writer(model_dir)
 
-    last_good = newest
-
-    def save(step):
-        """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
-        nonlocal last_good
-        state = model.checkpoint_variables(optimizer).values()
-        if not all(np.isfinite(v.numpy()).all() for v in state):
-            stop_diverged(step, 'a weight')
-        if not chief:
-            return
-        try:
-            last_good = saver.save(None, os.path.join(model_dir, 'checkpoint'), step,
-                                   write_meta_graph=False)
-        except tf.errors.OpError as error:
-            remove_unfinished(model_dir)
-            raise UserError(f'no checkpoint could be written in {model_dir}: {reason(error)}; the '
-                            f'last good one is {last_good}') from None
-
-    def stop_diverged(step, what):
-        raise UserError(f'{what} is NaN or infinite at step {step}; the last good checkpoint is '
-                        f'{last_good}; a lower learning rate in step_size_schedule, with another '
-                        'model_dir, may fit')
-
-    if start == 0:
-        save(0)
-
-    # Main training loop
-    asked = stop_on_signals()
-    training_time, timed_steps = 0., 0
-    bar = tqdm(total=max_num_training_steps, initial=start, unit='step',
-               disable=not (chief and sys.stderr.isatty()))
-    for ii in range(start, max_num_training_steps):
-        if ii in profiled[:1]:
-            with in_one_line(f'the profile in {model_dir}'):
-                tf.profiler.experimental.start(model_dir)
-        x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
-        inputs = tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64)
-
-        # What the step itself does not tell: natural accuracy and the attacked images
-        output = ii % config['num_output_steps'] == 0
-        summary = ii % config['num_summary_steps'] == 0
-        nat_accuracy = float(natural_accuracy(*inputs)) if output or summary else None
-        images = attacked_images(*inputs) if summary else None
-
-        # Actual training step
-        begin = timer()
-        with tf.profiler.experimental.Trace('train', step_num=ii, _r=1):
-            metrics = {name: float(value) for name, value in train_step(*inputs).items()}
-        if ii > start:  # the first step also traces the graph
-            training_time += timer() - begin
-            timed_steps += 1
-        bar.update()
-        if not np.isfinite(metrics['loss']):
-            stop_diverged(ii, 'the loss')
-        stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
-        last = ii + 1 == max_num_training_steps
-
-        # What is reported, first where a kill cannot make it forgotten: before the checkpoint
-        report = []
-        if output:
-            report = [f'Step {ii}:    ({datetime.now()})',
-                      f'    training nat accuracy {nat_accuracy * 100:.4}%']
-            if 'accuracy_adv' in metrics:
-                report.append(f'    training adv accuracy {metrics["accuracy_adv"] * 100:.4}%')
-            report.append(f'    loss {metrics["loss"]:.4f}, '
-                          f'learning rate {metrics["learning_rate"]:.4g}')
-            line = {'step': ii, 'accuracy_nat': nat_accuracy, **metrics}
-            if timed_steps:
-                seconds = training_time / timed_steps
-                left = timedelta(seconds=round(seconds * (max_num_training_steps - ii - 1)))
-                report.append(f'    {batch_size / seconds:.1f} examples per second, {left} left')
-                line['examples_per_second'] = batch_size / seconds
-                training_time, timed_steps = 0., 0
-            if chief:
-                append(log, json.dumps(line))
-
-        # TensorBoard summaries
-        if summary and chief:
-            with in_one_line(f'TensorBoard summaries in {model_dir}'):
-                with summary_writer.as_default():
-                    write_summaries(metrics, nat_accuracy, images, tail, ii)
-                summary_writer.flush()
-            refuse_full_disk(model_dir)
-        if ii in profiled and (stop or ii == profiled[-1]):
-            with in_one_line(f'the profile in {model_dir}'):
-                tf.profiler.experimental.stop()
-            report.append(f'Profile of steps {profiled[0]} to {ii}: tensorboard --logdir '
-                          f'{model_dir}')
-
-        # Write a checkpoint
-        if (ii + 1) % config['num_checkpoint_steps'] == 0 or last or stop:
-            save(ii + 1)
-
-        # Output to stdout
-        if report and chief:
-            tell('\n'.join(report))
-        if stop and not last:
-            bar.close()
-            tell(f'Stopped after {ii + 1} steps, which are saved; the same command goes on')
-            sys.exit(STOPPED)
-    bar.close()
-    if chief:
-        tell(f'{max(start, max_num_training_steps)} steps done: {last_good}')
+def make_saver(config, model, optimizer, start, newest, chief):
+    """Returns the Saver of the model and the optimizer; checkpoints after `start` are forgotten."""
+    variables = model.checkpoint_variables(optimizer)
+    replicas = model.strategy.num_replicas_in_sync
+    if replicas > 1:
+        variables[NUM_REPLICAS] = tf.Variable(replicas)
+    kept = [prefix for prefix in reversed(checkpoints(config['model_dir']))
+            if int(prefix.rpartition('-')[2]) <= start]
+    return Saver(config['model_dir'], variables, kept, newest, chief)
 
 
 if __name__ == '__main__':

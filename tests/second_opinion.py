@@ -19,7 +19,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from absl import flags  # noqa: E402
 import numpy as np  # noqa: E402
 
-from config import UserError, config_from_flags, define_model_flags, run  # noqa: E402
+from config import config_from_flags, define_model_flags  # noqa: E402
+from running import UserError  # noqa: E402
+from running.program import run  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from attacks import (  # noqa: E402

@@ -18,10 +18,11 @@ import tempfile
 
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from config import UserError, load_config  # noqa: E402
+from config import load_config  # noqa: E402
+from running import UserError  # noqa: E402
 import kills  # noqa: E402
 from model import checkpoints, damage  # noqa: E402
-from resume import forget_steps  # noqa: E402
+from running.resume import forget_steps  # noqa: E402
 import train  # noqa: E402
 
 KINDS = ('index', 'data', 'config', 'log', 'events')

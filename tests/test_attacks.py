@@ -3,12 +3,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import apgd
+from attacks import apgd
 import attacks
-from attacks import apgd_attack, make_attack, minimum_norm_attack
-from config import UserError
+from attacks import make_attack
+from attacks.minimum_norm import minimum_norm_attack
+from running import UserError
 from pgd_attack import LinfPGDAttack
-from shaping import DRAW, ShapedInference, ShapedPGDAttack, make_inference
+from attacks.adaptive import ShapedPGDAttack
+from shaping import DRAW, ShapedInference, make_inference
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(32 * 32 * 3, 3)).astype(np.float32) / 5000
@@ -197,7 +199,7 @@ def test_apgd_eot_draws_afresh_at_every_step_and_not_what_the_inference_draws(
     data.train_data.xs[:, 0, 0, 0] = np.arange(200)
     config = small_config(shaping_batch_size=10, inference_shaping_ratio=9, apgd_num_steps=3,
                           eot_draws=4, num_eval_examples=1)
-    attack, settings = apgd_attack('apgd_eot', small_model, data, config)
+    attack, settings = make_attack('apgd_eot', small_model, data, config)
     attack(0, 1)
     steps = [tuple(draw) for draw in seen]
     # Two losses, each three steps and the start; then both examples under the same fresh draws

@@ -14,7 +14,7 @@ import pytest
 
 import cifar10_input
 from cifar10_input import DataSubset, eval_examples, load_data, load_pickles, make_synthetic
-from config import UserError
+from running import UserError
 from conftest import fuzz
 
 NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']

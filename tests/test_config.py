@@ -9,7 +9,9 @@ import sys
 from hypothesis import strategies as st
 import pytest
 
-from config import FIELDS, UserError, load_config, parse_setting, read_json, store_config
+from config import SCHEMA, load_config, parse_setting, store_config
+from running import UserError
+from running.untrusted import read_json
 from conftest import fuzz
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -82,8 +84,8 @@ def write(folder, text, name='mine.json'):
 
 
 def test_config_json_is_accepted_and_holds_every_key_in_the_documented_order():
-    assert list(load_config()) == list(FIELDS)
-    assert list(read_json(os.path.join(ROOT, 'config.json'))) == list(FIELDS)
+    assert list(load_config()) == list(SCHEMA)
+    assert list(read_json(os.path.join(ROOT, 'config.json'))) == list(SCHEMA)
 
 
 def test_config_json_has_the_originals_keys_first_with_its_values():
@@ -109,7 +111,7 @@ def test_every_other_configuration_loads(name):
 def test_readme_documents_every_key():
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
         readme = f.read()
-    assert [key for key in FIELDS if f'`{key}`' not in readme] == []
+    assert [key for key in SCHEMA if f'`{key}`' not in readme] == []
     assert '@@' not in readme  # nothing is left to be filled in
 
 
@@ -201,7 +203,7 @@ def test_unknown_key_is_named_with_the_keys_there_are(tmp_path):
     for message in (refusal(write(tmp_path, '{"batch_size": 64}')),
                     refusal(settings=['batch_size=64'])):
         assert message.startswith("unknown key 'batch_size'; ")
-        assert all(key in message for key in FIELDS)
+        assert all(key in message for key in SCHEMA)
 
 
 def test_unknown_key_of_several_lines_is_told_in_one(tmp_path):
@@ -217,7 +219,7 @@ def test_key_given_twice_is_refused_but_comments_may_repeat(tmp_path):
     assert load_config(path)['num_steps'] == 7
 
 
-@pytest.mark.parametrize('key', FIELDS)
+@pytest.mark.parametrize('key', SCHEMA)
 def test_key_missing_in_config_json_is_named_with_what_would_fit(tmp_path, key):
     base = {k: v for k, v in load_config().items() if k != key}
     message = refusal(base=write(tmp_path, json.dumps(base)))
@@ -349,7 +351,7 @@ def test_stored_configuration_is_read_back_as_it_was(tmp_path):
     assert load_config(base=path) == config  # it is complete
     assert os.listdir(tmp_path) == ['config.json']
     with open(path, encoding='utf-8') as f:
-        assert len(f.read().splitlines()) == len(FIELDS) + 2  # a key a line, for diff
+        assert len(f.read().splitlines()) == len(SCHEMA) + 2  # a key a line, for diff
 
 
 # ---- anything at all
@@ -359,7 +361,7 @@ JSON_VALUES = st.recursive(
     | st.sampled_from([10 ** 400, 0, 1, 64, 0.5, 'xent', 'natural', [[0, 0.1]], ['cat', 'dog']]),
     lambda inner: st.lists(inner, max_size=4)
     | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8)
-KEYS = st.sampled_from(list(FIELDS)) | st.text(st.characters(), max_size=10)
+KEYS = st.sampled_from(list(SCHEMA)) | st.text(st.characters(), max_size=10)
 
 
 def accepted_or_refused_in_one_line(*args, **kwargs):
@@ -368,7 +370,7 @@ def accepted_or_refused_in_one_line(*args, **kwargs):
     except UserError as error:
         assert len(str(error).splitlines()) == 1
     else:
-        assert list(config) == list(FIELDS)
+        assert list(config) == list(SCHEMA)
         json.dumps(config, allow_nan=False)
 
 
@@ -383,13 +385,13 @@ def test_any_setting_is_accepted_or_refused_in_one_line(key, value):
     accepted_or_refused_in_one_line(settings=[f'{key}={value}'])
 
 
-@fuzz(100, key=st.sampled_from(sorted(FIELDS)), value=JSON_VALUES.filter(lambda v: v == v))
+@fuzz(100, key=st.sampled_from(sorted(SCHEMA)), value=JSON_VALUES.filter(lambda v: v == v))
 def test_a_setting_means_what_the_same_json_in_a_file_means(key, value):
     """...unless the key wants text, and the JSON is not the text it wants."""
     parsed = parse_setting(f'{key}={json.dumps(value)}')
     assert parsed[0] == key
     assert repr(parsed[1]) in (repr(value), repr(json.dumps(value)))
-    if FIELDS[key][0](value):
+    if SCHEMA[key][0](value):
         assert parsed[1] == value
 
 

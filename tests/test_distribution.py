@@ -13,9 +13,11 @@ import pytest
 import tensorflow as tf
 
 import kills
-from config import STOPPED, UserError, load_config
+from config import load_config
+from running import UserError
+from running.program import STOPPED
 from conftest import ROOT
-from distribution import check_shares, check_tf_config, make_strategy, shares
+from running.devices import check_shares, check_tf_config, make_strategy, shares
 from shaping import tail_mask
 import train
 

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks import make_attack, perturbation_fault
-from config import ATTACKS, UserError
+from attacks import make_attack
+from pgd_attack import perturbation_fault
+from attacks import ATTACKS
+from running import UserError
 from eval import choice, evaluate, paired_difference, wilson_interval, write_results
 from shaping import INFERENCE_MODES
 

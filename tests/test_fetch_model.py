@@ -14,7 +14,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from config import UserError
+from running import UserError
 from conftest import CHECKPOINT, ROOT, archive
 import fetch_model
 from fetch_model import check_url, download, find_checkpoints, unpack

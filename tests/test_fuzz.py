@@ -29,7 +29,8 @@ import numpy as np
 import pytest
 
 from cifar10_input import load_pickles
-from config import FIELDS, UserError, check_config, load_config, parse_setting
+from config import SCHEMA, check_config, load_config, parse_setting
+from running import UserError
 from conftest import ROOT, archive, fuzz
 import fetch_model
 from fetch_model import find_checkpoints, unpack
@@ -461,14 +462,14 @@ TOKENS = st.sampled_from([
     '-Infinity', '1e999', '-1e-999', '0', '-0', '1', '64', '1.0', '01', '0x10', '9' * 30, '9' * 400,
     '9' * 5000, '"\\ud800"', '"\\u2028"', '"\\u009b"', '\u2028', '\x85', '\ufeff', '\x1b[2J', '\0',
     '"_comment":', '/*', '//', '"a.npy"', '[[0, 0.1]]', '[' * 200, ']' * 200, '{"cw": 1}'
-]) | st.sampled_from([f'"{key}":' for key in FIELDS]) | st.text(max_size=5).map(json.dumps)
+]) | st.sampled_from([f'"{key}":' for key in SCHEMA]) | st.text(max_size=5).map(json.dumps)
 JSON_TEXT = st.lists(TOKENS, max_size=12).map(''.join) | st.lists(
-    st.tuples(st.sampled_from(list(FIELDS)), TOKENS).map(lambda v: f'"{v[0]}": {v[1]}'),
+    st.tuples(st.sampled_from(list(SCHEMA)), TOKENS).map(lambda v: f'"{v[0]}": {v[1]}'),
     max_size=4).map(lambda items: '{' + ', '.join(items) + '}')
 
 
 def assert_sound_config(config):
-    assert list(config) == list(FIELDS)
+    assert list(config) == list(SCHEMA)
     check_config(config)
     text = json.dumps(config, allow_nan=False)
     assert json.loads(text) == config  # what is stored is read back
@@ -485,7 +486,7 @@ def load_config_file(folder, raw, as_base):
     if message is None:
         assert_sound_config(config)
     else:
-        assert path in message or any(key in message for key in FIELDS)
+        assert path in message or any(key in message for key in SCHEMA)
     assert os.listdir(folder) == ['any.json']
 
 
@@ -501,7 +502,7 @@ def test_a_damaged_configuration(tmp_path_factory, raw):
 
 
 @fuzz(400, settings=st.lists(
-    st.tuples(st.sampled_from([f'{key}=' for key in FIELDS]) | st.text(max_size=9),
+    st.tuples(st.sampled_from([f'{key}=' for key in SCHEMA]) | st.text(max_size=9),
               JSON_TEXT | st.text(max_size=20)).map(''.join), min_size=1, max_size=3))
 def test_any_settings(settings):
     config, message = outcome(lambda: load_config(settings=settings))

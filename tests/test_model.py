@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from config import UserError
+from running import UserError
 from conftest import CHECKPOINT
 from model import BN_EPSILON, Model, batch_norm_by_group
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from config import UserError, read_json
+from running import UserError
+from running.untrusted import read_json
 from conftest import CHECKPOINT, ROOT
 from run_attack import load_examples
 

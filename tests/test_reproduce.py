@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import confoundings
-import paper
-import population_norms
+from paper import experiments
+from paper import published
+from paper import population_norms
 import reproduce
-from config import ATTACKS, UserError, load_config
+from attacks import ATTACKS
+from config import load_config
+from running import UserError
 from conftest import ROOT
 from pgd_attack import LinfPGDAttack
 from shaping import INFERENCE_MODES
@@ -95,18 +97,19 @@ def test_stored_cells_give_the_same_figures_without_weights_or_images(cells):
 
 
 def test_the_papers_claims_are_its_figures():
-    shown = [paper.paper_accuracy(more) - paper.paper_accuracy(less)
-             for _, _, more, *same, less in paper.CLAIMS if not same]
+    shown = [published.paper_accuracy(more) - published.paper_accuracy(less)
+             for _, _, more, *same, less in published.CLAIMS if not same]
     # All of TRADES: under shaping; of shaping in training alone, under cw and deepfool
     assert sum(difference < 0 for difference in shown) == 3
     assert min(abs(difference) for difference in shown) > 0.005
-    for _, words, more, *same, less in paper.CLAIMS:
+    for _, words, more, *same, less in published.CLAIMS:
         if same:
-            assert abs(paper.paper_accuracy(more) - paper.paper_accuracy(less)) < 0.013, words
-    assert len({words for _, words, *_ in paper.CLAIMS}) == len(paper.CLAIMS)
-    assert paper.paper_accuracy((7, 9)) == 0.781
+            of_more, of_less = map(published.paper_accuracy, (more, less))
+            assert abs(of_more - of_less) < 0.013, words
+    assert len({words for _, words, *_ in published.CLAIMS}) == len(published.CLAIMS)
+    assert published.paper_accuracy((7, 9)) == 0.781
     with pytest.raises(KeyError):
-        paper.paper_accuracy(('pgd', 'adv_only', 'adaptive', 'bn_shaping'))
+        published.paper_accuracy(('pgd', 'adv_only', 'adaptive', 'bn_shaping'))
 
 
 @pytest.mark.parametrize('paper_says, interval, same, word', [
@@ -125,7 +128,7 @@ def test_claims_compare_the_same_samples(cells):
     table = reproduce.claims_table(cells.config, dict.fromkeys(names, FewAttacks(cells)))
     rows = {row[1]: row for row in (line.split(' | ') for line in table.splitlines()[2:])
             if len(row) == 5}
-    assert len(rows) == len(paper.CLAIMS)
+    assert len(rows) == len(published.CLAIMS)
     a, b = (reproduce.right_of(cells.attack('pgd'), i) for i in (2, 1))
     row = rows['PGD, under `pgd`: the norm-shaped model is more robust by `bn_shaping` than by '
                '`pn`']
@@ -303,7 +306,7 @@ def test_excess_is_the_ratio_of_means_with_an_interval_around_it():
     rng = np.random.default_rng(0)
     b = rng.uniform(1, 2, 500)
     a = 1.63 * b + rng.normal(0, 0.05, 500)
-    value, (low, high) = confoundings.excess(a, b)
+    value, (low, high) = experiments.excess(a, b)
     assert value == pytest.approx(0.63, abs=0.01) and low < value < high
     assert high - low < 0.02
 
@@ -327,14 +330,14 @@ def test_norms_from_is_how_a_sample_looks_to_another_batchs_norms(small_model, b
 
 def test_confoundings_measure_every_sample_once(small_model, small_config, data):
     config = small_config(num_eval_examples=40, random_start=False)  # two batches of 16, 8 left
-    errors = confoundings.logit_errors(small_model, data, config)
+    errors = experiments.logit_errors(small_model, data, config)
     assert {len(v) for v in errors.values()} == {32}
     x, y = data.train_data.xs[:16].astype(np.float32), data.train_data.ys[:16]
     bn = dict(update_population_norms=False)
     x_adv = LinfPGDAttack(small_model, 2., 1, 2., False, 'xent', **bn).perturb(x, y, 0)
     plain = np.abs(small_model(x_adv, **bn) - small_model(x, **bn)).mean(axis=1)
     np.testing.assert_allclose(errors['adversarial norms, clean logits'][:16], plain, rtol=1e-3)
-    sizes = confoundings.perturbation_sizes(small_model, data, config)
+    sizes = experiments.perturbation_sizes(small_model, data, config)
     assert {len(v) for v in sizes.values()} == {32}
     assert all((v > 0.5).all() and (v <= 4).all() for v in sizes.values())  # two steps of 2
     tail = np.arange(16) >= 12
@@ -346,7 +349,7 @@ def test_confoundings_measure_every_sample_once(small_model, small_config, data)
 def test_norm_shifts_are_distances_of_batch_statistics(small_model, small_config, data):
     config = small_config(num_eval_examples=40, random_start=False)  # two batches of 16, 8 left
     before = [v.numpy() for v in small_model.variables]
-    shifts = confoundings.norm_shifts(small_model, data, config)
+    shifts = experiments.norm_shifts(small_model, data, config)
     assert {len(v) for v in shifts.values()} == {2}
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
     # The first norm's, by hand

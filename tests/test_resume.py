@@ -11,11 +11,13 @@ import pytest
 import tensorflow as tf
 
 import kills
-from config import STOPPED, UserError, load_config, store_config
+from config import load_config, store_config
+from running import UserError
+from running.program import STOPPED
 from conftest import CHECKPOINT, ROOT
 from model import checkpoints, damage, find_checkpoint
 import resume
-from resume import take_lock
+from running.resume import take_lock
 import spoil
 import train
 
@@ -206,7 +208,7 @@ def test_a_reader_that_is_gone_costs_nothing(tmp_path):
 def test_a_second_signal_ends_even_a_long_step_at_once(number):
     """Not one that comes right after the first. The main thread is busy outside of Python."""
     process = subprocess.Popen(
-        [sys.executable, '-c', 'from resume import stop_on_signals; import zlib\n'
+        [sys.executable, '-c', 'from running.resume import stop_on_signals; import zlib\n'
          'stop_on_signals(); print("ready", flush=True); b = bytes(10 ** 9); zlib.compress(b, 9)\n'
          'zlib.compress(b, 9)'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

@@ -19,13 +19,15 @@ import keras
 import numpy as np
 import pytest
 
-import confoundings
-import progress
+from paper import experiments
+from running import progress
 import reproduce
-import unfinished
+from running import unfinished
 from attacks import make_attack
 from cifar10_input import load_data
-from config import Terminated, UserError, load_config, store_config
+from config import load_config, store_config
+from running import UserError
+from running.program import Terminated
 from conftest import ROOT
 from eval import evaluate, evaluate_attack, kept_files, make_judges
 from model import Model
@@ -194,12 +196,12 @@ def test_other_weights_settings_images_or_code_are_other_files(
         unfinished.code.cache_clear()
 
 
-@pytest.mark.parametrize('measure', [confoundings.logit_errors, confoundings.perturbation_sizes])
+@pytest.mark.parametrize('measure', [experiments.logit_errors, experiments.perturbation_sizes])
 def test_the_in_text_experiments_go_on_where_they_were_stopped(
         small_model, small_config, data, tmp_path, measure, monkeypatch):
     config = small_config(num_eval_examples=48, num_steps=1)
     whole = measure(small_model, data, config)
-    kept, original, began = str(tmp_path / 'a.part'), confoundings.batches, []
+    kept, original, began = str(tmp_path / 'a.part'), experiments.batches, []
 
     def stopped(*args):
         for start, end in original(*args):
@@ -209,7 +211,7 @@ def test_the_in_text_experiments_go_on_where_they_were_stopped(
             began.append(start)
             yield start, end
 
-    monkeypatch.setattr(confoundings, 'batches', stopped)
+    monkeypatch.setattr(experiments, 'batches', stopped)
     with pytest.raises(KeyboardInterrupt):
         measure(small_model, data, config, kept)
     again = measure(small_model, data, config, kept)
@@ -454,7 +456,7 @@ sys.exit(75)
 DRIVER = f'''
 import sys
 sys.path.insert(0, {ROOT!r})
-from config import run
+from running.program import run
 import reproduce
 run(lambda: reproduce.run_to_a_stop([sys.executable, '-c', {CHILD!r}, 'out']))
 '''

@@ -40,7 +40,7 @@ def test_attack_is_that_of_a_plain_loop(small_model, batch, training, tail):
     x_nat = batch[0].astype(np.float32)
     norms = dict(training=training, update_population_norms=False)
     def attack(num_steps):
-        return TradesAttack(small_model, 8., num_steps, 3., **norms).perturb(*batch, 5, tail)
+        return TradesAttack(small_model, 8., num_steps, 3., True, 'xent', **norms).perturb(*batch, 5, tail)
     attacked = np.ones(16, bool) if tail is None else tail
     noise = (attack(0).numpy() - x_nat)[attacked]
     assert noise.std() == pytest.approx(0.255, rel=0.01) and abs(noise.mean()) < 0.005

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from config import TRAINING_MODES, UserError, load_config, store_config
+from config import TRAINING_MODES, load_config, store_config
+from running import UserError
 from conftest import CHECKPOINT, ROOT
 import train
 from model import Model

@@ -17,7 +17,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from distribution import divide_cpu, make_strategy  # noqa: E402
+from running.devices import divide_cpu, make_strategy  # noqa: E402
 from model import Model  # noqa: E402
 from pgd_attack import LinfPGDAttack  # noqa: E402
 import train  # noqa: E402
@@ -27,7 +27,7 @@ SETTINGS = ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'num_
 
 
 class SmoothModel(Model):
-    def leaky_relu(self, x):
+    def _relu(self, x, leakiness=0.0):
         return tf.nn.softplus(x)
 
 
@@ -97,7 +97,13 @@ def main():
     # Per replica: each share normalized and attacked on its own
     config = load_config(None, [*SETTINGS, 'data_augmentation=false'])
     model, optimizer, step = make(two, config)
-    x_nat, x, labels = tf.function(train.make_batch(model, config, False))(*batches[0], 0)
+    get_batch, perturb = train.make_adversary(model, config, False)
+
+    @tf.function
+    def attacked(*batch):
+        x, x_nat, labels = get_batch(*batch)
+        return x_nat, perturb(x, x_nat, labels), labels
+    x_nat, x, labels = attacked(*batches[0], 0)
     found['share/x_nat'], found['share/x'], found['share/y'] = (
         np.stack([v.numpy() for v in two.experimental_local_results(values)])
         for values in (x_nat, x, labels))

@@ -17,31 +17,16 @@ import os
 
 import numpy as np
 
-from config import FIELDS, UserError, read_json
 import tensorflow as tf
 
-from files import naming, replacing
-from progress import progress
-
-# Keys that a figure does not depend on; the last ones only those attacks depend on.
-NO_PART = ('model_dir', 'data_path', 'num_output_steps', 'num_summary_steps',
-           'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'distribution',
-           'batch_norms', 'num_attack_examples')
-OF_ATTACK = {'fgsm_epsilon': ('fgsm',), 'apgd_num_steps': ('apgd', 'apgd_eot'),
-             'eot_draws': ('apgd_eot',)}
+from running import UserError
+from running.files import naming, replacing
+from running.progress import progress
+from running.untrusted import read_json
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-# ---- what a figure depends on
-
-
-def relevant(config, attack=None):
-    """Returns the keys of a configuration that the figures of an attack depend on, a dict.
-
-    Args:
-        attack: one of config.ATTACKS, or None: none of those with keys of their own.
-    """
-    return {key: config[key] for key in FIELDS
-            if key not in NO_PART and attack in OF_ATTACK.get(key, (attack,))}
+# ---- what a number depends on
 
 
 def file_digest(path):
@@ -67,16 +52,29 @@ def data_digest(data):
 
 @functools.cache
 def code():
-    """Returns what computes the figures: a digest of the code here, and libraries with versions."""
+    """Returns what computes the numbers: a digest of the project's code, and library versions.
+
+    The code is every .py file at the top level and in the rooms, tests and documents left out.
+    """
     digest = hashlib.sha256()
-    folder = os.path.dirname(os.path.abspath(__file__))
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.py'))):
-        digest.update(f'{os.path.basename(path)} {file_digest(path)}\n'.encode())
+    for path in code_files():
+        digest.update(f'{os.path.relpath(path, ROOT)} {file_digest(path)}\n'.encode())
     libraries = {'tensorflow': tf.__version__, 'numpy': np.__version__}
     for name in ('keras', 'foolbox'):
         with contextlib.suppress(metadata.PackageNotFoundError):
             libraries[name] = metadata.version(name)
     return [digest.hexdigest(), libraries]
+
+
+def code_files():
+    """Returns the paths of the project's .py files: the top level's, and those of its rooms.
+
+    A room is a folder with an __init__.py: a new one counts without being named here.
+    """
+    root = glob.escape(ROOT)
+    rooms = [os.path.dirname(path) for path in glob.glob(os.path.join(root, '*', '__init__.py'))]
+    return sorted(path for folder in [ROOT, *rooms]
+                  for path in glob.glob(os.path.join(glob.escape(folder), '*.py')))
 
 
 def path_of(folder, name, what):
@@ -113,7 +111,7 @@ def batches(path, arrays, n, size, label):
     if found and 0 < found[0] <= n and (found[0] == n or found[0] % size == 0):
         for array, value in zip([done, *arrays], found):
             array[...] = value
-        print(f'{label}: going on after {done} of {n} examples', flush=True)
+        print(f'{label}: resuming after {done} of {n} examples', flush=True)
     with progress(label, n, int(done)) as update:
         for start in range(int(done), n, size):
             end = min(start + size, n)
@@ -201,7 +199,7 @@ def appended(path, array, size, what, label):
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f'another program is writing {part}; one at a time would fit') from None
+            raise UserError(f'another program is writing {part}; expected one at a time') from None
         if f.read(len(header)) == header and isinstance(kept, list):
             for start, digest in zip(range(0, n, size), kept):
                 batch = array[start:start + size]
@@ -212,7 +210,7 @@ def appended(path, array, size, what, label):
                 digests.append(digest)
                 done = start + len(batch)
         if done:
-            print(f'{label}: going on after {done} of {n} examples', flush=True)
+            print(f'{label}: resuming after {done} of {n} examples', flush=True)
         f.seek(0)
         f.write(header)
         with progress(label, n, done) as update:
@@ -233,7 +231,7 @@ def appended(path, array, size, what, label):
         whole = [f.read(len(header)) == header, *(f.read(batch.nbytes) == batch.tobytes() for batch
                                                  in np.array_split(array, -(-n // size)))]
     if not all(whole):
-        raise UserError(f'another program has written to {part}; one at a time would fit')
+        raise UserError(f'another program has written to {part}; expected one at a time')
 
 
 def _creating(path, flags):

@@ -5,10 +5,14 @@ progress. Without draws it is APGD of AutoAttack's standard version; with the gr
 fresh draws of clean samples it is the attack of AutoAttack's `rand` version, for defences that draw
 at random: a single draw's gradient is noise to an attacker who cannot know the draw.
 """
+import functools
+
 import numpy as np
 import tensorflow as tf
 
+from cifar10_input import eval_examples
 from pgd_attack import margin
+from shaping import MAX_GRADIENT_IMAGES, ShapedInference, shaping_settings
 
 MOMENTUM = 0.75        # the paper's alpha
 PROGRESS = 0.75        # rho: the share of steps since the last check that must have raised the loss
@@ -142,3 +146,84 @@ def averaged(gradient_of, y, draws):
         return [np.mean(part, axis=0, dtype=np.float32) for part in zip(*parts)]
 
     return evaluate
+
+
+def strongest(gradient_of, x_nat, y, epsilon, num_steps, rng, draws):
+    """Returns for each sample the stronger of APGD's examples on each loss, [b, 32, 32, 3].
+
+    Args:
+        gradient_of: {loss: loss_gradient of it}. draws: as averaged takes them. Which example is
+            stronger is decided by one more set of draws, the same for all.
+    """
+    examples = [apgd(averaged(gradient, y, draws), x_nat, epsilon, num_steps, rng)[0]
+                for gradient in gradient_of.values()]
+    given = list(draws())
+    judged = [averaged(gradient_of['xent'], y, lambda: given)(x) for x in examples]
+    loss, share = (np.array([one[i] for one in judged]) for i in (0, 1))
+    first = np.lexsort((-loss, share), axis=0)[0]  # fewest right draws, then highest loss
+    return np.choose(first[:, None, None, None], examples)
+
+
+def apgd_settings(data, config):
+    """Returns what Auto-PGD takes from a configuration. (With two classes there is no DLR.)"""
+    loss_funcs = [f for f in LOSSES if f != 'dlr' or data.num_classes > 2]
+    return {'epsilon': config['epsilon'], 'num_steps': config['apgd_num_steps'],
+            'loss_func': '+'.join(loss_funcs)}
+
+
+def attackers_rng(config, start):
+    """Returns the generator of the attacker's own draws: none is the defender's."""
+    return np.random.default_rng([config['np_random_seed'], start, 0, 0, 1])
+
+
+def apgd_attack(model, data, config, num_draws):
+    """Returns Auto-PGD of apgd_num_steps steps with population norms; see attacks.make_attack.
+
+    It runs once on cross-entropy and once on the difference of logits ratio, each on every sample,
+    and keeps for each sample the stronger of the two examples.
+    """
+    images, labels = eval_examples(data, config)
+    settings = apgd_settings(data, config)
+    gradient_of = {f: loss_gradient(lambda x: model(x, training=False), f)
+                   for f in settings['loss_func'].split('+')}
+
+    def perturb(start, end):
+        return tf.constant(strongest(
+            gradient_of, images[start:end], labels[start:end], settings['epsilon'],
+            settings['num_steps'], attackers_rng(config, start), lambda: [()]))
+
+    return perturb, {**settings, 'norms': 'pn'}
+
+
+def apgd_eot(model, data, config, num_draws):
+    """Returns Auto-PGD through fresh draws of clean samples at every step; see attacks.make_attack.
+
+    It goes through n:1 batches of the inference's form and averages loss and gradient over
+    eot_draws draws of clean training samples, the attacker's own: he knows the training set and the
+    protocol, not the defender's seed. AutoAttack's `rand` version gives a sample up as beaten after
+    one lucky draw (its pull requests 104 and 105): here no sample is given up, and which of the two
+    examples is stronger is settled by eot_draws more draws, the same for both. Where several test
+    samples share a batch, each sample's best example met the others' examples of the same step, not
+    their best ones; shaping_batch_size = n + 1 leaves nothing to share.
+    """
+    images, labels = eval_examples(data, config)
+    settings, clean_images = apgd_settings(data, config), data.train_data.xs
+    shaped = ShapedInference.from_config(model, data, config)
+    gradient_of = {f: loss_gradient(shaped.logits, f) for f in settings['loss_func'].split('+')}
+
+    def fresh_draws(rng, groups, k):
+        for _ in range(config['eot_draws']):
+            yield clean_images[np.stack([rng.choice(len(clean_images), k, replace=False)
+                                         for _ in range(groups)])],
+
+    def perturb(start, end):
+        x_nat, y, rng = images[start:end], labels[start:end], attackers_rng(config, start)
+        parts = []
+        for a, b, (groups, k) in shaped.parts(end - start, MAX_GRADIENT_IMAGES):
+            draws = functools.partial(fresh_draws, rng, groups, k)
+            parts.append(strongest(gradient_of, x_nat[a:b], y[a:b], settings['epsilon'],
+                                   settings['num_steps'], rng, draws))
+        return tf.constant(np.concatenate(parts))
+
+    return perturb, {**settings, 'norms': 'bn_shaping', 'eot_draws': config['eot_draws'],
+                     **shaping_settings(config)}

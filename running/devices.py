@@ -13,8 +13,9 @@ import os
 
 import numpy as np
 
-from config import UserError
 import tensorflow as tf
+
+from running import UserError
 
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
         tf.errors.DeadlineExceededError, tf.errors.InternalError, tf.errors.FailedPreconditionError)
@@ -31,7 +32,7 @@ def make_strategy(config):
         return tf.distribute.get_strategy()
     if config['xla'] == 'on':
         raise UserError(f'xla is on, distribution {config["distribution"]}: XLA compiles the step '
-                        'of one device alone; auto or off would fit')
+                        'of one device alone; expected auto or off')
     if config['distribution'] == 'mirrored':
         devices = tf.config.list_logical_devices('GPU') or tf.config.list_logical_devices('CPU')
         return tf.distribute.MirroredStrategy([device.name for device in devices])
@@ -46,10 +47,10 @@ def make_strategy(config):
 
 def check_tf_config(text):
     """Raises UserError unless TF_CONFIG's text names a cluster of workers and this one's place."""
-    fits = ('{"cluster": {"worker": ["host:port", "host:port"]}, "task": {"type": "worker", '
-            '"index": 0}} would fit, the index another in each process')
+    expected = ('expected {"cluster": {"worker": ["host:port", "host:port"]}, "task": {"type": '
+                '"worker", "index": 0}}, with another index in each process')
     if not text:
-        raise UserError(f'distribution is multi_worker, but TF_CONFIG is not set: {fits}')
+        raise UserError(f'distribution is multi_worker, but TF_CONFIG is not set; {expected}')
     try:
         value = json.loads(text)
         cluster, task = value['cluster'], value['task']
@@ -61,8 +62,8 @@ def check_tf_config(text):
         if type(task['index']) is not int or not 0 <= task['index'] < len(cluster[task['type']]):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError('TF_CONFIG names no cluster of workers with a task in it: '
-                        f'{fits}') from None
+        raise UserError('TF_CONFIG names no cluster of workers with a task in it; '
+                        f'{expected}') from None
 
 
 def is_chief(strategy):
@@ -83,16 +84,16 @@ def num_workers(strategy):
 
 
 def check_shares(config, num_replicas):
-    """Raises UserError unless a batch can be shared out to so many replicas, n:1 in each share."""
+    """Raises UserError unless a batch can be divided among the replicas, n:1 in each share."""
     m = config['training_batch_size']
     unit = config['shaping_ratio'] + 1 if config['training_mode'].startswith('shaping') else 1
     unit *= num_replicas
     if m % unit:
-        fits = max(1, m // unit) * unit
+        possible = max(1, m // unit) * unit
         raise UserError(
-            f'training_batch_size is {m}: shared out to {num_replicas} replicas, each share '
-            + (f'{config["shaping_ratio"]}:1, ' if unit > num_replicas else '')
-            + f'multiples of {unit} fit, such as {fits} or {fits + unit}')
+            f'training_batch_size is {m}, divided among {num_replicas} replicas'
+            + (f', each share {config["shaping_ratio"]}:1' if unit > num_replicas else '')
+            + f'; expected a multiple of {unit}, such as {possible} or {possible + unit}')
 
 
 def shares(tail, num_replicas):
@@ -118,10 +119,16 @@ def make_sum(strategy):
     return lambda value: int(summed(tf.constant(value, tf.int64)))
 
 
+def check_agreement(strategy, value, mistake):
+    """Raises UserError, saying `mistake`, unless all processes have the same integer."""
+    if make_sum(strategy)(value) != value * strategy.num_replicas_in_sync:
+        raise UserError(mistake)
+
+
 def divide_cpu(count):
     """Divides the CPU into `count` logical devices, before TensorFlow first uses it."""
     if not 1 <= count <= 64:
-        raise UserError(f'--logical_cpus is {count}; an integer, 1 to 64, would fit')
+        raise UserError(f'--logical_cpus must be an integer, 1 to 64, got {count}')
     if count > 1:
         cpu = tf.config.list_physical_devices('CPU')[0]
         tf.config.set_logical_device_configuration(

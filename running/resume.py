@@ -1,4 +1,4 @@
-"""What train.py survives by: a log and curves cut back, one process a folder, signals, disks."""
+"""How train.py survives interruptions: the log and curves cut back, locks, signals, full disks."""
 import contextlib
 import errno
 import fcntl
@@ -14,13 +14,13 @@ from timeit import default_timer as timer
 
 from google.protobuf.message import DecodeError
 
-from config import UserError
 import tensorflow as tf
 from tqdm import tqdm
 
-from files import naming, replacing
+from running import UserError
+from running.files import naming, replacing
 
-LOG = 'log.jsonl'        # in model_dir: one line a report, the same figures as on stdout
+LOG = 'log.jsonl'        # in model_dir: one line a report, the same numbers as on stdout
 CUT_CURVES = 'cut.tmp'   # in model_dir while curves are cut back; TensorBoard does not look at it
 PATIENCE = 2.            # seconds within which a second signal is the first one again
 
@@ -138,7 +138,7 @@ def take_lock(path):
     except BlockingIOError:
         f.seek(0)
         holder = f.readline(200).strip() or 'another process'
-        raise OSError(errno.EWOULDBLOCK, f'{holder} is training there; another model_dir would fit',
+        raise OSError(errno.EWOULDBLOCK, f'{holder} is training there; expected another model_dir',
                       path) from None
     f.truncate(0)
     f.write(f'process {os.getpid()} on {socket.gethostname()}\n')

@@ -17,7 +17,7 @@ def progress(label, n, done=0):
     nothing in the first minute, then a line a minute at most.
 
     Args:
-        label: what is shown before the figures. done: how many of the n were done before.
+        label: what is shown before the numbers. done: how many of the n were done before.
     """
     if sys.stderr.isatty():
         with tqdm(desc=label, total=n, initial=done, unit='example', leave=False) as bar:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from model import BN_DECAY
-from train import make_batch
+from train import make_adversary
 
 NUM_BATCHES = 200  # that each rule passes, but for 'last batch'
 RULES = {
@@ -33,14 +33,15 @@ def set_population_norms(model, data, config, rule):
     """
     if rule == 'trained':
         return
-    attacked = tf.function(make_batch(model, config, update_population_norms=rule == 'again'))
+    get_batch, perturb = make_adversary(model, config, update_population_norms=rule == 'again')
+    attacked = tf.function(lambda *batch: perturb(*get_batch(*batch)))
     one_batch = batch_statistics(model)
     total, num_batches = 0., 1 if rule == 'last batch' else NUM_BATCHES
     for i in range(num_batches):
         step = config['max_num_training_steps'] + i
         x, labels = data.train_data.get_batch(step, config['training_batch_size'])
         if rule != 'clean images':
-            x = attacked(tf.constant(x), tf.constant(labels), tf.constant(step, tf.int64))[1]
+            x = attacked(tf.constant(x), tf.constant(labels), tf.constant(step, tf.int64))
         if rule in ('again', 'updates'):
             model(tf.cast(x, tf.float32))
         else:

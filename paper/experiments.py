@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from pgd_attack import LinfPGDAttack
-from population_norms import batch_statistics, population_norms
+from paper.population_norms import batch_statistics, population_norms
+from running.unfinished import batches
 from shaping import tail_mask
-from unfinished import batches
 
 
 def num_measured(data, config):
@@ -79,9 +79,8 @@ def perturbation_sizes(model, data, config, kept=None):
         dict of arrays [n].
     """
     def attack(training):
-        return LinfPGDAttack(model, config['epsilon'], config['num_steps'], config['step_size'],
-                             config['random_start'], config['loss_func'], training,
-                             update_population_norms=False)
+        return LinfPGDAttack.from_config(model, config, training=training,
+                                         update_population_norms=False)
 
     by_bn, by_pn = attack(True), attack(False)
     m, n, subset = config['training_batch_size'], num_measured(data, config), data.train_data
@@ -115,9 +114,7 @@ def norm_shifts(model, data, config, kept=None):
         batch, averaged over all channels of all norms; and, named '... deviations', the relative
         distance of the standard deviations themselves.
     """
-    attack = LinfPGDAttack(model, config['epsilon'], config['num_steps'], config['step_size'],
-                           config['random_start'], config['loss_func'],
-                           update_population_norms=False)
+    attack = LinfPGDAttack.from_config(model, config, update_population_norms=False)
     m, n, subset = config['training_batch_size'], num_measured(data, config), data.train_data
     statistics, tail = batch_statistics(model), tail_mask(m, config['shaping_ratio'])
     shifts = {name + what: np.zeros(n // m, np.float32) for name in ('all', 'tail', 'another')
@@ -141,23 +138,3 @@ def norm_shifts(model, data, config, kept=None):
             shifts[name][start] = (np.abs(other_means - means) / deviations).mean()
             shifts[f'{name} deviations'][start] = np.abs(other_deviations / deviations - 1).mean()
     return shifts
-
-
-def excess(a, b, num_resamples=2000, seed=0):
-    """Returns how much larger a is than b on average, and the 95% interval of a bootstrap.
-
-    Args:
-        a, b: sizes of the same samples [n].
-
-    Returns:
-        (mean(a) / mean(b) - 1, [low, high]); the samples are drawn anew in pairs.
-    """
-    return bootstrap(lambda chosen: a[chosen].mean() / b[chosen].mean() - 1, len(a), num_resamples,
-                     seed)
-
-
-def bootstrap(figure, n, num_resamples=2000, seed=0):
-    """Returns (value, [low, high]): figure(indices [n]) of n samples and its 95% interval."""
-    rng = np.random.default_rng(seed)
-    values = [figure(rng.integers(0, n, n)) for _ in range(num_resamples)]
-    return float(figure(np.arange(n))), np.percentile(values, [2.5, 97.5]).tolist()

@@ -1,0 +1,62 @@
+"""The evaluation's attacks (paper, section VI): each makes its adversarial examples once.
+
+A new attack is one file here and one line in ATTACKS. What an attack knows: the weights, the true
+labels, and the norms that its maker names.
+
+What the paper leaves open: its attacks come from CleverHans, which takes the model's own
+predictions for labels unless told otherwise. Ours take the true labels, as the original's attack
+does.
+"""
+from attacks.adaptive import adaptive, adaptive_weak
+from attacks.apgd import apgd_attack, apgd_eot
+from attacks.gradient import clean, fgsm, pgd
+from attacks.minimum_norm import cw, deepfool
+from attacks.random_search import random_search
+from attacks.shaping import shaping
+from running import UserError
+
+# name: maker(model, data, config, num_draws) -> (attack, settings); see make_attack
+ATTACKS = {
+    'clean': clean,                  # changes nothing
+    'fgsm': fgsm,                    # one step of fgsm_epsilon (16, as the paper has it), with PN
+    'pgd': pgd,                      # LinfPGDAttack as configured, with PN
+    'cw': cw,                        # minimum L2, with PN
+    'deepfool': deepfool,            # minimum L2, with PN
+    'shaping': shaping,              # PGD with BN on one share of a batch at a time
+    'adaptive': adaptive,            # PGD through the very clean samples that bn_shaping will use
+    'adaptive_weak': adaptive_weak,  # the same through other training samples
+    'apgd': apgd_attack,             # Auto-PGD with PN, on cross-entropy and on DLR
+    'apgd_eot': apgd_eot,            # Auto-PGD through fresh draws of clean samples at every step
+    'random': random_search,         # the strongest of 1,000 random perturbations: a check
+}
+MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
+
+
+def make_attack(name, model, data, config, num_draws=1):
+    """Returns (attack, settings): attack(start, end) -> x_adv of evaluation images [start:end].
+
+    x_adv is float32 [end - start, 32, 32, 3]. `settings` says how the examples are made, for the
+    results: epsilon, the radius of the ball that every example must lie in (None: there is no
+    ball), num_steps, step_size, norms and so on. The model is left as it is. start must be a
+    multiple of eval_batch_size: the batches are those that will be classified.
+
+    Args:
+        name: a key of ATTACKS.
+        data: a CIFAR10Data. config: the configuration.
+        num_draws: under how many draws bn_shaping will classify each batch.
+    """
+    return ATTACKS[name](model, data, config, num_draws)
+
+
+def num_examples(name, config):
+    """Returns on how many of the evaluation examples, from the first, an attack is run."""
+    n = config['num_eval_examples']
+    return min(config['num_attack_examples'].get(name, n), n)
+
+
+def check_names(config):
+    """Raises UserError unless num_attack_examples names attacks only."""
+    for name in config['num_attack_examples']:
+        if name not in ATTACKS:
+            raise UserError(f'num_attack_examples holds {name[:200]!r}; expected attacks: '
+                            f'{", ".join(ATTACKS)}')

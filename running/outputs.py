@@ -1,0 +1,128 @@
+"""What a training writes beside its log: checkpoints, TensorBoard curves, a profile. Its pace."""
+import contextlib
+from datetime import timedelta
+import os
+from timeit import default_timer as timer
+
+import numpy as np
+import tensorflow as tf
+
+from running import UserError
+from running.resume import in_one_line, reason, refuse_full_disk, remove_unfinished
+
+PROFILE_STEPS = 10
+
+
+class Saver:
+    """Writes a training's checkpoints, the last three kept, and knows the last good one.
+
+    Args:
+        model_dir: their folder. variables: {name: tf.Variable}.
+        kept: prefixes of the checkpoints that are there, the oldest first. last_good: one of them.
+        chief: whether this process writes. The others only look at the weights.
+    """
+
+    def __init__(self, model_dir, variables, kept, last_good, chief=True):
+        self.model_dir, self.variables, self.last_good = model_dir, variables, last_good
+        self._saver = None
+        if chief:  # relative paths: model_dir may be moved
+            self._saver = tf.compat.v1.train.Saver(variables, max_to_keep=3,
+                                                   save_relative_paths=True)
+            self._saver.recover_last_checkpoints(kept)
+
+    def save(self, step):
+        """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
+        if not all(np.isfinite(v.numpy()).all() for v in self.variables.values()):
+            self.stop_diverged(step, 'a weight')
+        if self._saver is None:
+            return
+        try:
+            self.last_good = self._saver.save(None, os.path.join(self.model_dir, 'checkpoint'),
+                                              step, write_meta_graph=False)
+        except tf.errors.OpError as error:
+            remove_unfinished(self.model_dir)
+            raise UserError(f'no checkpoint could be written in {self.model_dir}: {reason(error)}; '
+                            f'the last good one is {self.last_good}') from None
+
+    def stop_diverged(self, step, what):
+        raise UserError(f'{what} is NaN or infinite at step {step}; the last good checkpoint is '
+                        f'{self.last_good}; try a lower learning rate in step_size_schedule, with '
+                        'another model_dir')
+
+
+class Curves:
+    """TensorBoard summaries of a training, in model_dir."""
+
+    def __init__(self, model_dir):
+        self.model_dir = model_dir
+        with self._in_one_line():
+            self._writer = tf.summary.create_file_writer(model_dir)
+
+    def _in_one_line(self):
+        return in_one_line(f'TensorBoard summaries in {self.model_dir}')
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Makes tf.summary in the block write here. Raises UserError, OSError: it cannot."""
+        with self._in_one_line():
+            with self._writer.as_default():
+                yield
+            self._writer.flush()
+        refuse_full_disk(self.model_dir)
+
+
+class Profile:
+    """A TensorBoard profile of PROFILE_STEPS steps after the first, which also traces the graph.
+
+    Args:
+        model_dir: where it is written. start, end: the training's steps. wanted: False: none.
+
+    Raises:
+        UserError: there are too few steps.
+    """
+
+    def __init__(self, model_dir, start, end, wanted):
+        if wanted and end - start <= PROFILE_STEPS:
+            raise UserError(f'--profile takes {PROFILE_STEPS} steps after the first; '
+                            f'{max(0, end - start)} are left')
+        self.model_dir = model_dir
+        self.steps = range(start + 1, start + 1 + PROFILE_STEPS) if wanted else range(0)
+
+    def begin(self, step):
+        if step in self.steps[:1]:
+            with in_one_line(f'the profile in {self.model_dir}'):
+                tf.profiler.experimental.start(self.model_dir)
+
+    def end(self, step, stop):
+        """Writes the profile after its last step, or at a stop; returns lines that tell of it."""
+        if step not in self.steps or not (stop or step == self.steps[-1]):
+            return []
+        with in_one_line(f'the profile in {self.model_dir}'):
+            tf.profiler.experimental.stop()
+        return [f'Profile of steps {self.steps[0]} to {step}: tensorboard --logdir '
+                f'{self.model_dir}']
+
+
+class Pace:
+    """How many examples are trained a second, since it was last told."""
+
+    def __init__(self, batch_size):
+        self.batch_size, self.seconds, self.steps = batch_size, 0., 0
+
+    @contextlib.contextmanager
+    def timed(self, step, counted=True):
+        """Times the block, a training step; one that also traces the graph is not counted."""
+        begin = timer()
+        with tf.profiler.experimental.Trace('train', step_num=step, _r=1):
+            yield
+        if counted:
+            self.seconds += timer() - begin
+            self.steps += 1
+
+    def tell(self, steps_left):
+        """Returns (examples a second, time left), and starts anew; None where no step was timed."""
+        if not self.steps:
+            return None
+        seconds = self.seconds / self.steps
+        self.seconds, self.steps = 0., 0
+        return self.batch_size / seconds, timedelta(seconds=round(seconds * steps_left))
