@@ -13,9 +13,9 @@ shown too: not every processor that has bfloat16 instructions is faster with the
 
 --against also times the original's way of working (MadryLab's cifar10_challenge: train.py,
 pgd_attack.py, cifar10_input.py) in the same run, in turns with ours, so that a machine that drifts
-hits both: augmentation as a graph call of its own, image by image; the attack as a Python loop in
-NumPy's float64, with one graph call, one copy to and one from the graph a step; the weight update
-as one more call. What its figure says and does not say:
+affects both: augmentation as a graph call of its own, image by image; the attack as a Python loop
+in NumPy's float64, with one graph call, one copy to and one from the graph a step; the update
+as one more call. What its number says and does not say:
   - It is around the same network twice over. "Same ops": around our Model as it is, so that the
     ratio is of the way of working alone. "Its own ops": with the leaky ReLU and the standardization
     done as the original's network does them (tf.where, tf.map_fn). Both have our fused
@@ -25,6 +25,7 @@ as one more call. What its figure says and does not say:
   - It attacks every sample, as the original does. So do as many gradients all our training modes
     but `natural`, which is refused here.
 """
+import itertools
 import os
 import platform
 import resource
@@ -213,70 +214,87 @@ def main():
     steps, repeats, against = flags.FLAGS.steps, flags.FLAGS.repeats, flags.FLAGS.against
     for name, value in (('steps', steps), ('repeats', repeats)):
         if value < 1:
-            raise UserError(f'--{name} is {value}; an integer of 1 or more would fit')
+            raise UserError(f'--{name} must be an integer of 1 or more, got {value}')
     config = config_from_flags()
     if against and config['training_mode'] == 'natural':
-        raise UserError('training_mode is "natural", and the original always attacks: '
-                        'another training_mode would fit --against')
+        raise UserError('training_mode is "natural", and the original always attacks; expected '
+                        'another training_mode with --against')
     keras.utils.set_random_seed(config['tf_random_seed'])
     rng = np.random.default_rng(config['np_random_seed'])
-    batch_size = config['training_batch_size']
     num_classes = len(config['classes'] or range(10))
-    passes = passes_a_step(config)
-
     model = build_model(config, num_classes)
+    show_what_runs(model, config)
+
+    # The first step of each, which traces and compiles its graphs, is not among the timed ones
+    ways = {'ours': make_our_step(model, config)}
+    first_step = seconds_a_step(ways['ours'], 1, config, num_classes, rng)
+    show('First step', f'{first_step:.1f} s, with tracing and compiling')
+    own_memory = peak_memory()
+    if against:
+        for ops, model_class in (('same ops', Model), ('its own ops', OriginalOps)):
+            ways[ops] = make_original_step(model_class, config, num_classes, rng)
+            seconds_a_step(ways[ops], 1, config, num_classes, rng)
+
+    # Blocks of ours and of the original's way in turns
+    seconds = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, step in ways.items():
+            seconds[way].append(seconds_a_step(step, steps, config, num_classes, rng))
+    memory = peak_memory()  # read before the matrix products, which need much of their own
+
+    # The report
+    ours = seconds.pop('ours')
+    show('Seconds a step', f'{spread(ours)}, median of {repeats} blocks of {steps} steps')
+    show_rates(model, config, np.median(ours))
+    show('Peak memory', f'{memory / 2 ** 20:,.0f} MiB of host memory'
+         + (f", {own_memory / 2 ** 20:,.0f} MiB before the original's way" if against else ''))
+    for ops, times in seconds.items():
+        show("Original's way", f'{spread(times)} seconds a step, {ops}, float32')
+        show('  over ours', f'{spread(np.divide(times, ours))}, block by block')
+
+
+def make_our_step(model, config):
+    """Returns f(images, labels) -> metrics, floats: our training step, on NumPy arrays."""
     train_step = make_train_step(model, make_optimizer(config), config)
-    num_weights = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-    flops = forward_flops(model) * batch_size * passes
+    steps_done = itertools.count()
 
-    steps_done = 0
-
-    def our_step(images, labels):
-        nonlocal steps_done
+    def step(images, labels):
         metrics = train_step(tf.constant(images), tf.constant(labels),
-                             tf.constant(steps_done, tf.int64))
-        steps_done += 1
+                             tf.constant(next(steps_done), tf.int64))
         return {name: float(value) for name, value in metrics.items()}  # waits for the device
 
-    def seconds_a_step(step, count):
-        """Returns the mean wall time, in seconds, of `count` steps on fresh random batches."""
-        shape = [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3]
-        batches = [(rng.integers(0, 256, shape, np.uint8),
-                    rng.integers(0, num_classes, batch_size, np.int64)) for _ in range(count)]
-        begin = timer()
-        for batch in batches:
-            step(*batch)
-        return (timer() - begin) / count
+    return step
 
+
+def seconds_a_step(step, count, config, num_classes, rng):
+    """Returns the mean wall time, in seconds, of `count` steps on fresh random batches."""
+    batch_size = config['training_batch_size']
+    shape = [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3]
+    batches = [(rng.integers(0, 256, shape, np.uint8),
+                rng.integers(0, num_classes, batch_size, np.int64)) for _ in range(count)]
+    begin = timer()
+    for batch in batches:
+        step(*batch)
+    return (timer() - begin) / count
+
+
+def show_what_runs(model, config):
+    """Prints the device, the network and the kind of step."""
+    num_weights = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    num_steps = 0 if config['training_mode'] == 'natural' else config['num_steps']
     show('Device', device_name())
     show('TensorFlow', f'{tf.__version__}, XLA {"on" if use_xla(config) else "off"}')
     show('Network', f'w{6 * model.num_residual_units + 2}-{config["width_factor"]}, '
          f'{num_weights:,} weights, {config["precision"]}')
-    show('Step', f'batch {batch_size}, {config["training_mode"]}, {config["adversary"]}, '
-         f'{config["num_steps"] if passes > 3 else 0} attack steps')
+    show('Step', f'batch {config["training_batch_size"]}, {config["training_mode"]}, '
+         f'{config["adversary"]}, {num_steps} attack steps')
 
-    # The first step of each, which traces and compiles its graphs, is not among the timed ones
-    first_step = seconds_a_step(our_step, 1)
-    show('First step', f'{first_step:.1f} s, with tracing and compiling')
-    original_steps = {}
-    if against:
-        own_memory = peak_memory()
-        for ops, model_class in (('same ops', Model), ('its own ops', OriginalOps)):
-            original_steps[ops] = make_original_step(model_class, config, num_classes, rng)
-            seconds_a_step(original_steps[ops], 1)
 
-    # Blocks of ours and of the original's way in turns
-    ours, originals = [], {ops: [] for ops in original_steps}
-    for _ in range(repeats):
-        ours.append(seconds_a_step(our_step, steps))
-        for ops, step in original_steps.items():
-            originals[ops].append(seconds_a_step(step, steps))
-    memory = peak_memory()  # read before the matrix products, which need much of their own
-
-    # The report
-    seconds = np.median(ours)
+def show_rates(model, config, seconds):
+    """Prints how fast a step of so many seconds is, beside this machine's peak."""
+    batch_size, passes = config['training_batch_size'], passes_a_step(config)
+    flops = forward_flops(model) * batch_size * passes
     peak, size = matmul_peak(model.compute_type)
-    show('Seconds a step', f'{spread(ours)}, median of {repeats} blocks of {steps} steps')
     show('Speed', f'{1 / seconds:.3g} steps/s, {batch_size / seconds:.4g} images/s')
     show('FLOP a step', f'{prefixed(flops, "FLOP")}, {passes} forward passes of '
          f'{prefixed(flops / passes, "FLOP")}')
@@ -285,11 +303,6 @@ def main():
          + (f' (float32: {prefixed(matmul_peak(tf.float32)[0], "FLOP/s")})'
             if model.compute_type != tf.float32 else ''))
     show('Share of peak', f'{flops / seconds / peak:.1%}')
-    show('Peak memory', f'{memory / 2 ** 20:,.0f} MiB of host memory'
-         + (f", {own_memory / 2 ** 20:,.0f} MiB before the original's way" if against else ''))
-    for ops, times in originals.items():
-        show("Original's way", f'{spread(times)} seconds a step, {ops}, float32')
-        show('  over ours', f'{spread(np.divide(times, ours))}, block by block')
 
 
 if __name__ == '__main__':

@@ -29,10 +29,10 @@ from pgd_attack import LinfPGDAttack
 from running import UserError
 from running.devices import (LOST, check_agreement, check_shares, divide_cpu, is_chief,
                              make_strategy, make_sum, num_workers, shares)
-from running.outputs import PROFILE_STEPS, Curves, Pace, Profile, Saver
+from running.outputs import PROFILE_STEPS, Curves, Log, Pace, Profile, Saver
 from running.program import STOPPED, run
-from running.resume import (LOG, append, forget_steps, reason, remove_unfinished, stop_on_signals,
-                            take_lock, tell)
+from running.resume import (forget_steps, reason, remove_unfinished, stop_on_signals, take_lock,
+                            tell)
 from shaping import masked, tail_mask
 from trades import TradesAttack, kl_divergence
 
@@ -63,8 +63,7 @@ def train(config, strategy, profile=False):
     """
     # Seeds and parameters
     keras.utils.set_random_seed(config['tf_random_seed'])
-    max_num_training_steps, batch_size = (config[key] for key in (
-        'max_num_training_steps', 'training_batch_size'))
+    batch_size, num_steps = config['training_batch_size'], config['max_num_training_steps']
     model_dir, chief = config['model_dir'], is_chief(strategy)
     sum_over_replicas = make_sum(strategy)
 
@@ -76,39 +75,32 @@ def train(config, strategy, profile=False):
         model = build_model(config, data.num_classes)
         optimizer = make_optimizer(config)
 
-        # The attack, in one graph with the weight update
+        # The adversary, in one graph with the weight update
         train_step = make_train_step(model, optimizer, config)
     natural_accuracy, attacked_images = make_report(model, config)
 
     # The newest intact checkpoint, if there is one
-    os.makedirs(model_dir, exist_ok=True)
     _lock = take_lock(os.path.join(model_dir, 'lock')) if chief else None
     start, newest = resume(config, model, optimizer, strategy)
-    check_workers(config, start, strategy)
 
     # The TensorBoard, log and checkpoint outputs
-    profiler = Profile(model_dir, start, max_num_training_steps, profile)
+    profiler = Profile(model_dir, start, num_steps, profile)
     if chief:
-        store_config(config, os.path.join(model_dir, 'config.json'))  # kept with the model
-        remove_unfinished(model_dir)
-        forget_steps(model_dir, start)
-        curves = Curves(model_dir)
+        prepare(model_dir, config, start)
+    log, curves = Log(model_dir, chief), Curves(model_dir, chief)
     saver = make_saver(config, model, optimizer, start, newest, chief)
-    if start == 0:
-        saver.save(0)
 
     # Main training loop
     asked, pace = stop_on_signals(), Pace(batch_size)
-    bar = tqdm(total=max_num_training_steps, initial=start, unit='step',
+    bar = tqdm(total=num_steps, initial=start, unit='step',
                disable=not (chief and sys.stderr.isatty()))
-    for ii in range(start, max_num_training_steps):
+    for ii in range(start, num_steps):
         profiler.begin(ii)
         x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
         batch = tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64)
 
         # What the step itself does not tell: natural accuracy and the attacked images
-        output = ii % config['num_output_steps'] == 0
-        summary = ii % config['num_summary_steps'] == 0
+        output, summary = (ii % config[f'num_{kind}_steps'] == 0 for kind in ('output', 'summary'))
         nat_acc = float(natural_accuracy(*batch)) if output or summary else None
         x_batch_adv = attacked_images(*batch) if summary else None
 
@@ -116,39 +108,33 @@ def train(config, strategy, profile=False):
         with pace.timed(ii, counted=ii > start):
             metrics = {name: float(value) for name, value in train_step(*batch).items()}
         bar.update()
-        if not np.isfinite(metrics['loss']):
-            saver.stop_diverged(ii, 'the loss')
+        saver.check_finite(ii, 'the loss', [metrics['loss']])
         stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
-        last = ii + 1 == max_num_training_steps
 
-        # The log first: once a checkpoint is written, a kill no longer has the step done again
+        # TensorBoard summaries and the log, before the checkpoint: so a kill loses none of them
         report = []
         if output:
-            speed = pace.tell(max_num_training_steps - ii - 1)
-            report, line = describe(ii, nat_acc, metrics, speed)
-            if chief:
-                append(os.path.join(model_dir, LOG), json.dumps(line))
-
-        # TensorBoard summaries
-        if summary and chief:
+            report, line = describe(ii, nat_acc, metrics, pace.tell(num_steps - 1 - ii))
+            log.append(line)
+        if summary:
             with curves.writing():
                 write_summaries(metrics, nat_acc, x_batch_adv, config, ii)
         report += profiler.end(ii, stop)
 
         # Write a checkpoint
-        if (ii + 1) % config['num_checkpoint_steps'] == 0 or last or stop:
+        if (ii + 1) % config['num_checkpoint_steps'] == 0 or ii + 1 == num_steps or stop:
             saver.save(ii + 1)
 
         # Output to stdout
         if report and chief:
             tell('\n'.join(report))
-        if stop and not last:
+        if stop and ii + 1 < num_steps:
             bar.close()
             tell(f'Stopped after {ii + 1} steps, which are saved; the same command resumes')
             sys.exit(STOPPED)
     bar.close()
     if chief:
-        tell(f'{max(start, max_num_training_steps)} steps done: {saver.last_good}')
+        tell(f'{max(start, num_steps)} steps done: {saver.last_good}')
 
 
 # ---- the optimizer
@@ -365,7 +351,7 @@ def make_report(model, config):
 
 
 def describe(step, nat_acc, metrics, speed):
-    """Returns what tells of one step: lines for stdout, a dict for the log. speed: see Pace.tell."""
+    """Returns lines for stdout and a dict for the log that tell of one step; speed: Pace.tell's."""
     report = [f'Step {step}:    ({datetime.now()})',
               f'    training nat accuracy {nat_acc * 100:.4}%']
     if 'accuracy_adv' in metrics:
@@ -413,16 +399,16 @@ def resume(config, model, optimizer, strategy):
     """Loads the newest intact checkpoint in model_dir; returns (its step, its prefix) or (0, None).
 
     Raises:
-        UserError: it is of another training, or no checkpoint there is intact.
+        UserError: it is of another training, none there is intact, or the workers do not agree.
     """
-    model_dir = config['model_dir']
-    if not checkpoints(model_dir):
-        return 0, None
-    check_same_run(config, os.path.join(model_dir, 'config.json'))
-    newest = find_checkpoint(config)
-    check_same_replicas(config, newest, strategy.num_replicas_in_sync)
-    start = model.load_madry_checkpoint(newest, optimizer)
-    tell(f'Resuming from {newest}')
+    model_dir, start, newest = config['model_dir'], 0, None
+    if checkpoints(model_dir):
+        check_same_run(config, os.path.join(model_dir, 'config.json'))
+        newest = find_checkpoint(config)
+        check_same_replicas(config, newest, strategy.num_replicas_in_sync)
+        start = model.load_madry_checkpoint(newest, optimizer)
+        tell(f'Resuming from {newest}')
+    check_workers(config, start, strategy)
     return start, newest
 
 
@@ -457,15 +443,28 @@ def check_workers(config, start, strategy):
                     'same but for model_dir and data_path')
 
 
+def prepare(model_dir, config, start):
+    """Makes model_dir ready to train on from step `start`: what a killed run left there goes."""
+    store_config(config, os.path.join(model_dir, 'config.json'))  # kept with the model
+    remove_unfinished(model_dir)
+    forget_steps(model_dir, start)
+
+
 def make_saver(config, model, optimizer, start, newest, chief):
-    """Returns the Saver of the model and the optimizer; checkpoints after `start` are forgotten."""
+    """Returns the Saver of the model and the optimizer, with a checkpoint of the initial weights.
+
+    Checkpoints after `start` are forgotten: they will be written again.
+    """
     variables = model.checkpoint_variables(optimizer)
     replicas = model.strategy.num_replicas_in_sync
     if replicas > 1:
         variables[NUM_REPLICAS] = tf.Variable(replicas)
     kept = [prefix for prefix in reversed(checkpoints(config['model_dir']))
             if int(prefix.rpartition('-')[2]) <= start]
-    return Saver(config['model_dir'], variables, kept, newest, chief)
+    saver = Saver(config['model_dir'], variables, kept, newest, chief)
+    if start == 0:
+        saver.save(0)
+    return saver
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """What a training writes beside its log: checkpoints, TensorBoard curves, a profile. Its pace."""
 import contextlib
 from datetime import timedelta
+import json
 import os
 from timeit import default_timer as timer
 
@@ -8,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from running import UserError
-from running.resume import in_one_line, reason, refuse_full_disk, remove_unfinished
+from running.files import naming
+from running.resume import LOG, in_one_line, reason, refuse_full_disk, remove_unfinished
 
 PROFILE_STEPS = 10
 
@@ -32,8 +34,7 @@ class Saver:
 
     def save(self, step):
         """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
-        if not all(np.isfinite(v.numpy()).all() for v in self.variables.values()):
-            self.stop_diverged(step, 'a weight')
+        self.check_finite(step, 'a weight', (v.numpy() for v in self.variables.values()))
         if self._saver is None:
             return
         try:
@@ -44,19 +45,35 @@ class Saver:
             raise UserError(f'no checkpoint could be written in {self.model_dir}: {reason(error)}; '
                             f'the last good one is {self.last_good}') from None
 
-    def stop_diverged(self, step, what):
-        raise UserError(f'{what} is NaN or infinite at step {step}; the last good checkpoint is '
-                        f'{self.last_good}; try a lower learning rate in step_size_schedule, with '
-                        'another model_dir')
+    def check_finite(self, step, what, values):
+        """Raises UserError, with the last good checkpoint, unless all values are finite."""
+        if not all(np.isfinite(value).all() for value in values):
+            raise UserError(f'{what} is NaN or infinite at step {step}; the last good checkpoint '
+                            f'is {self.last_good}; try a lower learning rate in '
+                            'step_size_schedule, with another model_dir')
+
+
+class Log:
+    """What a training reports, a line of JSON each, in model_dir. Only the chief writes."""
+
+    def __init__(self, model_dir, chief=True):
+        self.path = os.path.join(model_dir, LOG) if chief else None
+
+    def append(self, line):
+        """Adds a line, at once. Raises OSError: it cannot be written."""
+        if self.path:
+            with naming(self.path), open(self.path, 'ab') as f:
+                f.write(json.dumps(line).encode() + b'\n')
 
 
 class Curves:
-    """TensorBoard summaries of a training, in model_dir."""
+    """TensorBoard summaries of a training, in model_dir. Only the chief writes."""
 
-    def __init__(self, model_dir):
+    def __init__(self, model_dir, chief=True):
         self.model_dir = model_dir
         with self._in_one_line():
-            self._writer = tf.summary.create_file_writer(model_dir)
+            self._writer = (tf.summary.create_file_writer(model_dir) if chief
+                            else tf.summary.create_noop_writer())
 
     def _in_one_line(self):
         return in_one_line(f'TensorBoard summaries in {self.model_dir}')

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from running import UserError
-from running.files import naming, replacing
+from running.files import replacing
 
 LOG = 'log.jsonl'        # in model_dir: one line a report, the same numbers as on stdout
 CUT_CURVES = 'cut.tmp'   # in model_dir while curves are cut back; TensorBoard does not look at it
@@ -26,12 +26,6 @@ PATIENCE = 2.            # seconds within which a second signal is the first one
 
 
 # ---- the log and the curves
-
-
-def append(path, line):
-    """Adds a line to a file, at once."""
-    with naming(path), open(path, 'ab') as f:
-        f.write(line.encode() + b'\n')
 
 
 def forget_steps(model_dir, start):
@@ -127,11 +121,12 @@ def remove_unfinished(model_dir):
 
 
 def take_lock(path):
-    """Returns an open file that no other process can have, for as long as this one lives.
+    """Returns an open file, in a folder that is made, that no other process can have meanwhile.
 
     Raises:
         OSError: another process has it, or it cannot be written.
     """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     f = open(path, 'a+', encoding='utf-8', errors='replace')
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

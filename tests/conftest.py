@@ -15,16 +15,18 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['KERAS_BACKEND'] = 'tensorflow'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
-os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # the figures here are a CPU's
+os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # the numbers here are a CPU's
 
 from hypothesis import given, settings  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import tensorflow as tf  # noqa: E402
 
 from cifar10_input import CIFAR10Data  # noqa: E402
 from config import load_config  # noqa: E402
 from model import Model  # noqa: E402
+from train import make_adversary  # noqa: E402
 
 DATA = os.path.join(ROOT, 'tests', 'data')
 CHECKPOINT = os.path.join(DATA, 'madry_w1-250')
@@ -99,6 +101,13 @@ def batch():
     """16 random images, uint8, and their labels."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (16, 32, 32, 3), np.uint8), rng.integers(0, 10, 16)
+
+
+def attacked_batch(model, config, batch, step, **norms):
+    """Returns (x_nat, X^(T), labels) of a training step, as its weight update sees them."""
+    get_batch, perturb = make_adversary(model, config, **norms)
+    x, x_nat, labels = get_batch(*batch, tf.constant(step, tf.int64))
+    return x_nat, perturb(x, x_nat, labels), labels
 
 
 @pytest.fixture

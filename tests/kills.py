@@ -5,7 +5,7 @@
 One training of 300 steps is never stopped. Others, of the same command, are sent SIGKILL, SIGTERM
 or SIGINT at random moments from their start on and are started again each time. Each must end with
 the same weights, moving averages and velocities bit for bit, and with a log and TensorBoard curves
-that hold the same figures of each step once. A run that was asked to stop must have saved its last
+that hold the same numbers of each step once. A run that was asked to stop must have saved its last
 step; one that was killed must have lost num_checkpoint_steps at most.
 """
 import argparse
@@ -94,7 +94,7 @@ def last_step(stdout):
 def resumed_from(stdout):
     """Returns the step of the checkpoint that a run went on from, or None."""
     for line in stdout.splitlines():
-        if line.startswith('Going on from '):
+        if line.startswith('Resuming from '):
             return int(line.rpartition('-')[2])
     return None
 

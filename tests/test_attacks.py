@@ -3,13 +3,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks import apgd
-import attacks
-from attacks import make_attack
-from attacks.minimum_norm import minimum_norm_attack
-from running import UserError
-from pgd_attack import LinfPGDAttack
+from attacks import apgd, make_attack, random_search
 from attacks.adaptive import ShapedPGDAttack
+from attacks.minimum_norm import minimum_norm_attack
+from cifar10_input import CIFAR10Data
+from pgd_attack import LinfPGDAttack
+from running import UserError
 from shaping import DRAW, ShapedInference, make_inference
 
 RNG = np.random.default_rng(0)
@@ -51,10 +50,11 @@ def test_random_is_the_strongest_of_its_draws_and_weaker_than_pgd(
     model, images, labels, _ = linear
     def loss(x):
         return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, model(x)).numpy()
-    losses = []
+    data = CIFAR10Data((images, labels), (images, labels), list('abc'))
+    config, losses = small_config(num_eval_examples=len(images)), []
     for draws in (1, 4, 16, 64):
-        monkeypatch.setattr(attacks, 'RANDOM_DRAWS', draws)
-        attack, settings = attacks.random_attack(model, images, labels, small_config())
+        monkeypatch.setattr(random_search, 'RANDOM_DRAWS', draws)
+        attack, settings = make_attack('random', model, data, config)
         losses.append(loss(attack(0, 6)))
         assert settings['random_draws'] == draws
     assert (np.diff(losses, axis=0) >= 0).all() and (losses[-1] > losses[0]).all()

@@ -9,7 +9,9 @@ import sys
 from hypothesis import strategies as st
 import pytest
 
-from config import SCHEMA, load_config, parse_setting, store_config
+from attacks import ATTACKS
+from config import (PARTS, SCHEMA, load_config, may_change, parse_setting, relevant,
+                    store_config)
 from running import UserError
 from running.untrusted import read_json
 from conftest import fuzz
@@ -108,17 +110,10 @@ def test_every_other_configuration_loads(name):
     assert config != load_config()  # it says something
 
 
-def test_readme_documents_every_key():
-    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
-        readme = f.read()
-    assert [key for key in SCHEMA if f'`{key}`' not in readme] == []
-    assert '@@' not in readme  # nothing is left to be filled in
-
-
 # ---- mistakes
 
 
-@pytest.mark.parametrize('key, text, fits', [
+@pytest.mark.parametrize('key, text, expected', [
     ('max_num_training_steps', 'true', 'an integer'),
     ('max_num_training_steps', '"80000"', 'an integer'),
     ('max_num_training_steps', '0', 'an integer, 1'),
@@ -178,10 +173,10 @@ def test_readme_documents_every_key():
     ('step_size_schedule', '[[0, NaN]]', 'rates above 0'),
     ('step_size_schedule', '[[0, true]]', 'rates above 0'),
 ])
-def test_wrong_value_is_refused_by_key_value_and_what_would_fit(tmp_path, key, text, fits):
+def test_wrong_value_is_refused_by_key_value_and_what_was_expected(tmp_path, key, text, expected):
     message = refusal(write(tmp_path, f'{{"{key}": {text}}}'))
-    assert message.startswith(f'{key} is {text}; ')
-    assert fits in message and message.endswith(' would fit')
+    assert message.startswith(f'{key} must be ') and message.endswith(f', got {text}')
+    assert expected in message
 
 
 @pytest.mark.parametrize('value', [
@@ -220,10 +215,11 @@ def test_key_given_twice_is_refused_but_comments_may_repeat(tmp_path):
 
 
 @pytest.mark.parametrize('key', SCHEMA)
-def test_key_missing_in_config_json_is_named_with_what_would_fit(tmp_path, key):
+def test_key_missing_in_config_json_is_named_with_what_was_expected(tmp_path, key):
     base = {k: v for k, v in load_config().items() if k != key}
     message = refusal(base=write(tmp_path, json.dumps(base)))
-    assert message.startswith(f'{key} is missing; ') and message.endswith(' would fit')
+    assert message.startswith(f'{key} is missing; expected ')
+    assert message.endswith(SCHEMA[key].expected)
 
 
 @pytest.mark.parametrize('text, said', [
@@ -234,10 +230,10 @@ def test_key_missing_in_config_json_is_named_with_what_would_fit(tmp_path, key):
     ('{"epsilon": 8,}', 'is not JSON'),
     ('{} {}', 'is not JSON'),
     ('\ufeff{}', 'is not JSON'),
-    ('[["epsilon", 8]]', 'an object of keys would fit'),
-    ('8', 'an object of keys would fit'),
-    ('null', 'an object of keys would fit'),
-    ('"epsilon"', 'an object of keys would fit'),
+    ('[["epsilon", 8]]', 'expected an object of keys'),
+    ('8', 'expected an object of keys'),
+    ('null', 'expected an object of keys'),
+    ('"epsilon"', 'expected an object of keys'),
     ('[' * 100000, 'cannot be read'),
 ])
 def test_file_that_is_no_json_object_is_named(tmp_path, text, said):
@@ -319,7 +315,7 @@ def test_text_for_a_key_that_wants_a_number_is_refused_by_name():
 
 def test_set_without_an_equals_sign_is_told_the_form():
     message = refusal(settings=['epsilon'])
-    assert 'epsilon' in message and 'key=value would fit' in message
+    assert 'epsilon' in message and 'expected key=value' in message
 
 
 def test_set_overrides_the_file_which_overrides_config_json(tmp_path):
@@ -352,6 +348,35 @@ def test_stored_configuration_is_read_back_as_it_was(tmp_path):
     assert os.listdir(tmp_path) == ['config.json']
     with open(path, encoding='utf-8') as f:
         assert len(f.read().splitlines()) == len(SCHEMA) + 2  # a key a line, for diff
+
+
+# ---- what a key is part of
+
+
+def test_what_may_change_when_a_training_is_resumed():
+    assert {key for key in SCHEMA if may_change(key)} == {
+        'model_dir', 'data_path', 'max_num_training_steps', 'num_output_steps',
+        'num_summary_steps', 'num_checkpoint_steps', 'num_eval_examples', 'eval_batch_size',
+        'eval_on_cpu', 'store_adv_path', 'inference_shaping_ratio', 'shaping_batch_size', 'xla',
+        'fgsm_epsilon', 'apgd_num_steps', 'eot_draws', 'num_attack_examples'}
+
+
+def test_what_an_attacks_accuracy_depends_on():
+    config = load_config()
+    nothing = {'model_dir', 'data_path', 'num_output_steps', 'num_summary_steps',
+               'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'distribution',
+               'batch_norms', 'num_attack_examples'}
+    of_some = {'fgsm_epsilon', 'apgd_num_steps', 'eot_draws'}
+    for attack, own in ((None, set()), ('pgd', set()), ('fgsm', {'fgsm_epsilon'}),
+                        ('apgd', {'apgd_num_steps'}),
+                        ('apgd_eot', {'apgd_num_steps', 'eot_draws'})):
+        assert set(relevant(config, attack)) == set(SCHEMA) - nothing - of_some | own
+
+
+def test_every_key_is_part_of_something_known():
+    assert {key.part for key in SCHEMA.values()} == set(PARTS)
+    assert {name for key in SCHEMA.values() for name in key.attacks} <= set(ATTACKS)
+    assert all(bool(key.attacks) == (key.part == 'attack') for key in SCHEMA.values())
 
 
 # ---- anything at all
@@ -391,7 +416,7 @@ def test_a_setting_means_what_the_same_json_in_a_file_means(key, value):
     parsed = parse_setting(f'{key}={json.dumps(value)}')
     assert parsed[0] == key
     assert repr(parsed[1]) in (repr(value), repr(json.dumps(value)))
-    if SCHEMA[key][0](value):
+    if SCHEMA[key].check(value):
         assert parsed[1] == value
 
 

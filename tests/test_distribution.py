@@ -98,11 +98,11 @@ def test_shares_cover_the_batch_once_and_keep_the_ratio():
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do():
     config = load_config()
     check_shares(config, 4)
-    with pytest.raises(UserError, match='64: shared out to 3 replicas, each share 3:1, multiples '
-                                        'of 12 fit, such as 60 or 72'):
+    with pytest.raises(UserError, match='64, divided among 3 replicas, each share 3:1; expected '
+                                        'a multiple of 12, such as 60 or 72'):
         check_shares(config, 3)
     check_shares({**config, 'training_mode': 'adv_only'}, 32)
-    with pytest.raises(UserError, match='multiples of 3 fit, such as 63 or 66'):
+    with pytest.raises(UserError, match='expected a multiple of 3, such as 63 or 66'):
         check_shares({**config, 'training_mode': 'adv_only'}, 3)
 
 
@@ -115,7 +115,7 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do():
     '{"cluster": {"worker": ["a:1"], "ps": ["a:2"]}, "task": {"type": "worker", "index": 0}}',
     '{"cluster": {"worker": ["a:1"]}, "task": {"type": "chief", "index": 0}}', '[' * 10 ** 5])
 def test_a_tf_config_that_is_none_is_refused(text):
-    with pytest.raises(UserError, match='TF_CONFIG.*would fit') as error:
+    with pytest.raises(UserError, match='TF_CONFIG.*expected {') as error:
         check_tf_config(text)
     assert '\n' not in str(error.value)
 
@@ -140,7 +140,7 @@ def test_mirrored_training_from_the_command_line(tmp_path):
     run(one, 5, 'none')
     run(two, 8, 'mirrored', '--logical_cpus=2')
     run(again, 5, 'mirrored', '--logical_cpus=2')
-    assert 'Going on from' in run(again, 8, 'mirrored', '--logical_cpus=2')
+    assert 'Resuming from' in run(again, 8, 'mirrored', '--logical_cpus=2')
     assert kills.differences(again, two, 8) == []
     train.check_same_replicas({'batch_norms': 'synchronized'}, f'{two}/checkpoint-8', 3)
     with pytest.raises(UserError, match='trained by 2 replicas.*here are 3'):
@@ -218,7 +218,7 @@ def test_a_lost_worker_ends_all_and_the_restart_resumes(by_two_workers, tmp_path
     status, _, stderr = ended([processes[1 - lost]])[0]
     processes[lost].communicate()
     assert status == STOPPED and time.monotonic() - begin < 100
-    assert re.search(r'^train\.py: a worker was lost .* goes on from', stderr, re.MULTILINE)
+    assert re.search(r'^train\.py: a worker was lost .* resumes from', stderr, re.MULTILINE)
     (chief, stdout, stderr), (other, *_) = ended(workers(str(tmp_path), 20))
     assert chief == other == 0, stderr
     assert kills.resumed_from(stdout) >= 5

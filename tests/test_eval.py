@@ -9,7 +9,8 @@ from attacks import make_attack
 from pgd_attack import perturbation_fault
 from attacks import ATTACKS
 from running import UserError
-from eval import choice, evaluate, paired_difference, wilson_interval, write_results
+from eval import choice, evaluate, wilson_interval, write_results
+from paper.intervals import paired_difference
 from shaping import INFERENCE_MODES
 
 

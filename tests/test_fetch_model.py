@@ -14,11 +14,12 @@ import zipfile
 import numpy as np
 import pytest
 
-from running import UserError
 from conftest import CHECKPOINT, ROOT, archive
 import fetch_model
-from fetch_model import check_url, download, find_checkpoints, unpack
 from model import Model
+from running import UserError, download as downloading, untrusted
+from running.download import check_url, download
+from running.untrusted import find_checkpoints, unpack
 from test_programs import program
 
 
@@ -96,7 +97,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
-    monkeypatch.setattr(fetch_model, 'WAITS', (0, 0))
+    monkeypatch.setattr(downloading, 'WAITS', (0, 0))
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         server.body = archive(random_model())
@@ -161,7 +162,7 @@ def test_a_download_that_was_cut_goes_on_where_it_was(server, path, monkeypatch)
 
 
 def test_a_server_that_sends_nothing_more_is_asked_again(server, path, monkeypatch):
-    monkeypatch.setattr(fetch_model, 'TIMEOUT', 0.3)
+    monkeypatch.setattr(downloading, 'TIMEOUT', 0.3)
     server.cuts, server.stall = [90_000], True
     download(server.url, path, False)
     assert read(path) == server.body
@@ -192,8 +193,8 @@ def test_a_file_that_changed_meanwhile_is_not_mixed_with_the_old(
     server.etag = '"second"'
     server.body = archive([('natural/checkpoint', np.random.default_rng(1).bytes(size))])
     if not heeds_condition:
-        monkeypatch.setattr(fetch_model, '_ask', lambda url, start, validator, ask=fetch_model._ask:
-                            ask(url, start, None))
+        monkeypatch.setattr(downloading, '_ask', lambda url, start, validator,
+                            ask=downloading._ask: ask(url, start, None))
     download(server.url, path, False)
     assert read(path) == server.body
 
@@ -270,7 +271,7 @@ def test_a_length_that_promises_too_much_is_told_in_one_line(server, path):
         download(server.url, path, False)
     assert '\n' not in str(error.value) and not os.path.exists(path)
     server.extra_length = 2 ** 40
-    with fails('bytes; 4,294,967,296 at most would fit'):
+    with fails('bytes; expected 4,294,967,296 at most'):
         download(server.url + '?', path, False)
 
 
@@ -288,7 +289,7 @@ def test_what_is_no_zip_archive_is_refused_at_once(server, path, body, content_t
     'ftp://127.0.0.1/a.zip', 'file:///etc/passwd', 'data:,PK', '/a.zip', 'a.zip', 'http://',
     'http://[', 'http://a:99999/', 'http://a/ b', 'http://a/\n', 'http://a/\xe9', 'https:///a'])
 def test_only_web_addresses_are_taken(url):
-    with fails('http://... or https://... would fit'):
+    with fails('expected http://... or https://...'):
         check_url(url)
 
 
@@ -363,7 +364,7 @@ def test_a_name_given_twice_is_refused(tmp_path, entries):
 
 
 def test_a_bomb_is_refused_whatever_its_headers_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch_model, 'MAX_BYTES', 1_000_000)
+    monkeypatch.setattr(untrusted, 'MAX_BYTES', 1_000_000)
     body = archive([*random_model(), ('natural/zeros', bytes(3_000_000))])
     with fails('3,300,0.. bytes unpacked; 10,000 and 1,000,000 at most'):
         unpacked(tmp_path, body)
@@ -371,7 +372,7 @@ def test_a_bomb_is_refused_whatever_its_headers_say(tmp_path, monkeypatch):
     assert body.count((3_000_000).to_bytes(4, 'little')) == 2
     with fails('is damaged: Bad CRC-32'):
         unpacked(tmp_path, body.replace((3_000_000).to_bytes(4, 'little'), b'\5\0\0\0'))
-    monkeypatch.setattr(fetch_model, 'check_entries', lambda entries: None)
+    monkeypatch.setattr(untrusted, 'check_entries', lambda entries: None)
     with fails('unpacks to more than 1,000,000 bytes'):
         unpacked(tmp_path, body)
     monkeypatch.undo()
@@ -489,11 +490,11 @@ def test_an_archive_that_lies_there_is_unpacked_without_a_download(server, tmp_p
 
 
 @pytest.mark.parametrize('arguments, named', [
-    ([], '0 models named; one of natural, adv_trained, secret would fit'),
+    ([], '0 models named; expected one of natural, adv_trained, secret'),
     (['natural', 'secret'], '2 models named'),
     (['public'], "'public' is none of natural, adv_trained, secret"),
-    (['natural', '--url', 'ftp://a/b.zip'], "'ftp://a/b.zip'; http://... or https://... would fit"),
-    (['natural', '--sha256', '12'], '64 hexadecimal digits would fit'),
+    (['natural', '--url', 'ftp://a/b.zip'], "'ftp://a/b.zip'; expected http://... or https://..."),
+    (['natural', '--sha256', '12'], '--sha256 must be 64 hexadecimal digits'),
     (['natural', '--url', 'http://127.0.0.1:1/a.zip'], 'http://127.0.0.1:1/a.zip: Connection')])
 def test_mistakes_are_told_in_one_line_and_leave_nothing_behind(
         tmp_path, monkeypatch, arguments, named):

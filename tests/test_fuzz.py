@@ -30,11 +30,10 @@ import pytest
 
 from cifar10_input import load_pickles
 from config import SCHEMA, check_config, load_config, parse_setting
-from running import UserError
 from conftest import ROOT, archive, fuzz
-import fetch_model
-from fetch_model import find_checkpoints, unpack
 from run_attack import load_examples
+from running import UserError, download
+from running.untrusted import find_checkpoints, unpack
 from test_cifar10_input import FILES, make_contents, write_all
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -513,10 +512,10 @@ def test_any_settings(settings):
 @pytest.mark.parametrize('text, said', [
     ('{"' + 'long ' * 10000 + '": 1}', 'unknown key'),
     ('{"%s": 1, "%s": 2}' % (('long ' * 10000,) * 2), 'is given twice'),
-    ('{"store_adv_path": "/home/user/.profile"}', 'the path of a .npy file would fit'),
-    (r'{"model_dir": "\u009b2J"}', 'the path of a folder would fit'),
-    (r'{"data_path": "two\u2028lines"}', 'the path of a folder would fit'),
-    ('[' + '[],' * 2 ** 21 + '[]]', 'bytes; 4,194,304 at most would fit')])
+    ('{"store_adv_path": "/home/user/.profile"}', 'must be the path of a .npy file'),
+    (r'{"model_dir": "\u009b2J"}', 'must be the path of a folder'),
+    (r'{"data_path": "two\u2028lines"}', 'must be the path of a folder'),
+    ('[' + '[],' * 2 ** 21 + '[]]', 'bytes; expected 4,194,304 at most')])
 def test_a_strangers_configuration_is_refused_in_a_line_of_reasonable_length(tmp_path, text, said):
     path = tmp_path / 'config.json'
     path.write_text(text)
@@ -622,5 +621,5 @@ def test_a_table_of_millions_of_entries_is_not_read(tmp_path):
     {'url': 'http://a/', 'validator': None, 'total': -7},
     {'url': 'http://a/', 'validator': None, 'total': True}])
 def test_a_note_that_download_did_not_write_is_not_believed(note):
-    assert not fetch_model._is_note(note, 'http://a/')
-    assert fetch_model._is_note({'url': 'http://a/', 'validator': '"x"', 'total': 7}, 'http://a/')
+    assert not download._is_note(note, 'http://a/')
+    assert download._is_note({'url': 'http://a/', 'validator': '"x"', 'total': 7}, 'http://a/')

@@ -70,7 +70,7 @@ def test_a_training_that_was_stopped_and_started_ends_as_one_that_was_not(traine
         status, stdout, stderr = program('train.py', settings=[
             *SETTINGS, f'max_num_training_steps={steps}', f'model_dir={tmp_path}'])
         assert status == 0, stderr
-    assert f'Going on from {tmp_path}/checkpoint-3' in stdout
+    assert f'Resuming from {tmp_path}/checkpoint-3' in stdout
     whole, resumed = weights(trained[0], 7), weights(tmp_path, 7)
     assert set(whole) == set(resumed) and whole['global_step'] == 7
     for name in whole:
@@ -131,7 +131,7 @@ def test_watch_evaluates_each_new_checkpoint_until_it_is_stopped(trained, tmp_pa
     for name in names:
         shutil.copy(os.path.join(trained[0], name.format(6)), tmp_path)
     shutil.copy(os.path.join(trained[0], 'config.json'), tmp_path)
-    (tmp_path / 'checkpoint-9.index').write_bytes(b'cut short')  # named, and passed over
+    (tmp_path / 'checkpoint-9.index').write_bytes(b'cut short')  # named, and skipped
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, 'eval.py'), '--watch', '--model_dir', str(tmp_path),
          '--attack', 'clean', '--inference', 'pn'], stdout=subprocess.PIPE, text=True,
@@ -150,7 +150,7 @@ def test_watch_evaluates_each_new_checkpoint_until_it_is_stopped(trained, tmp_pa
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and 'Traceback' not in stderr
-    assert 'eval.py: stopped' in stderr and 'checkpoint-9 is damaged and passed over' in stderr
+    assert 'eval.py: stopped' in stderr and 'checkpoint-9 is damaged and skipped' in stderr
 
 
 def test_stored_attack_is_scored_as_eval_scores_it(trained, tmp_path):

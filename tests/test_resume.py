@@ -16,7 +16,7 @@ from running import UserError
 from running.program import STOPPED
 from conftest import CHECKPOINT, ROOT
 from model import checkpoints, damage, find_checkpoint
-import resume
+from running import resume
 from running.resume import take_lock
 import spoil
 import train
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(copied, whole):
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0 and kills.resumed_from(stdout) == 20
     for step in (30, 25):
-        assert f'{copied}/checkpoint-{step} is damaged and passed over' in stderr
+        assert f'{copied}/checkpoint-{step} is damaged and skipped' in stderr
     assert kills.differences(copied, whole, STEPS) == []
 
 
@@ -166,11 +166,11 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(whole, tmp_path, limit):
     """A limit on the size of files stands in for it: 604 kB make a checkpoint."""
     folder = str(tmp_path / 'model')
     if limit == 20_000:
-        shutil.copytree(whole, folder)  # it goes on from 20, and the curves cannot be cut back
+        shutil.copytree(whole, folder)  # it resumes from 20, and the curves cannot be cut back
         for path in (f'{folder}/checkpoint-{step}.index' for step in (25, 30)):
             os.remove(path)
     if limit == 640_000:
-        shutil.copytree(whole, folder)  # it goes on from 30, and the log cannot grow
+        shutil.copytree(whole, folder)  # it resumes from 30, and the log cannot grow
         with open(f'{folder}/log.jsonl', 'a') as f:
             f.write(json.dumps({'step': 0, 'filler': ' ' * (limit - f.tell() - 30)}) + '\n')
     before = [damage(prefix) for prefix in checkpoints(folder)]

@@ -76,7 +76,7 @@ def test_an_evaluation_stopped_in_every_batch_ends_as_one_that_never_was(
             run(kept, **stop)
     again = run(kept)
     assert attacked == [0, 0, 8, 8, 16, 16]  # twice: a batch that was stopped is done anew
-    assert f'{name}: going on after 16 of 20 examples' in capsys.readouterr().out
+    assert f'{name}: resuming after 16 of 20 examples' in capsys.readouterr().out
     assert without_seconds(again[0]) == without_seconds(whole[0])
     assert all((again[1][judge] == whole[1][judge]).all() for judge in judges)
     assert (again[2] == whole[2]).all()
@@ -160,7 +160,7 @@ def test_other_weights_settings_images_or_code_are_other_files(
     """And what does not change a figure does not."""
     for path in glob.glob(os.path.join(ROOT, '*.py')):
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr(unfinished, '__file__', str(tmp_path / 'unfinished.py'))
+    monkeypatch.setattr(unfinished, 'ROOT', str(tmp_path))
     prefix = str(tmp_path / 'checkpoint-7')
     small_model.save_madry_checkpoint(prefix, global_step=7)
     names = ['clean', 'pgd', 'apgd']
@@ -189,7 +189,7 @@ def test_other_weights_settings_images_or_code_are_other_files(
         small_model.save_madry_checkpoint(prefix, global_step=7)
         second = files()
         assert not set(first.values()) & set(second.values())
-        with open(tmp_path / 'attacks.py', 'a') as f:
+        with open(tmp_path / 'train.py', 'a') as f:
             f.write('# changed\n')
         assert not set(second.values()) & set(files().values())
     finally:
@@ -412,8 +412,8 @@ def test_eval_goes_on_after_a_kill(folder, never_stopped):
     assert not os.path.exists(folder / 'eval' / 'results.json')
     status, stdout, stderr = ended(start('eval.py', folder, *options))
     assert status == 0, stderr
-    assert 'fgsm: going on after 110 of 110 examples' in stdout
-    assert 'pgd: going on after ' in stdout
+    assert 'fgsm: resuming after 110 of 110 examples' in stdout
+    assert 'pgd: resuming after ' in stdout
     with open(folder / 'eval' / 'results.json') as f:
         results = json.load(f)['results']
     expected = evaluate(*never_stopped, ['fgsm', 'pgd'], ['pn', 'bn_shaping'], 2)
@@ -428,7 +428,7 @@ def test_pgd_attack_goes_on_after_a_kill(folder, tmp_path, never_stopped):
     assert not os.path.exists(tmp_path / 'a.npy')
     status, stdout, stderr = ended(start('pgd_attack.py', folder, option))
     assert status == 0, stderr
-    assert 'pgd: going on after ' in stdout and os.listdir(tmp_path) == ['a.npy']
+    assert 'pgd: resuming after ' in stdout and os.listdir(tmp_path) == ['a.npy']
     attack, expected = make_attack('pgd', *never_stopped)[0], io.BytesIO()
     np.save(expected, np.concatenate([attack(i, min(i + 20, 110)) for i in range(0, 110, 20)]))
     with open(tmp_path / 'a.npy', 'rb') as f:

@@ -4,6 +4,7 @@ import pytest
 import tensorflow as tf
 
 from config import TRAINING_MODES
+from conftest import attacked_batch
 import train
 from trades import TradesAttack, kl_divergence
 
@@ -40,7 +41,8 @@ def test_attack_is_that_of_a_plain_loop(small_model, batch, training, tail):
     x_nat = batch[0].astype(np.float32)
     norms = dict(training=training, update_population_norms=False)
     def attack(num_steps):
-        return TradesAttack(small_model, 8., num_steps, 3., True, 'xent', **norms).perturb(*batch, 5, tail)
+        pgd = TradesAttack(small_model, 8., num_steps, 3., True, 'xent', **norms)
+        return pgd.perturb(*batch, 5, tail)
     attacked = np.ones(16, bool) if tail is None else tail
     noise = (attack(0).numpy() - x_nat)[attacked]
     assert noise.std() == pytest.approx(0.255, rel=0.01) and abs(noise.mean()) < 0.005
@@ -66,8 +68,8 @@ def test_the_start_is_finite_whatever_bits_are_drawn(monkeypatch):
     extremes = np.array([-2 ** 31, -2 ** 31 + 1, -1, 0, 1, 2 ** 31 - 2, 2 ** 31 - 1], np.int32)
     monkeypatch.setattr('trades.random_bits', lambda like, seed: tf.constant(extremes))
     for jit in (False, True):
-        start = tf.function(TradesAttack(None, 8., 1, 2.).start, jit_compile=jit)
-        noise = start(tf.zeros(7), None, None, None) / 0.255
+        start = tf.function(TradesAttack(None, 8., 1, 2., True, 'xent').initialize, jit_compile=jit)
+        noise = start(tf.zeros(7), None) / 0.255
         np.testing.assert_allclose(noise[:3], -noise[::-1][:3], atol=1e-3)
         assert 5 < float(noise[-1]) < 5.5 and abs(float(noise[3])) < 1e-6
 
@@ -76,8 +78,7 @@ def test_the_start_is_finite_whatever_bits_are_drawn(monkeypatch):
 def test_beta_adds_the_divergence_of_the_attacked_samples(small_model, small_config, batch, mode):
     """The loss with beta 6, from the logits of two plain forward passes, in float64."""
     config = small_config(training_mode=mode, adversary='trades', trades_beta=6.)
-    x_nat, x, _ = train.make_batch(small_model, config, update_population_norms=False)(
-        *batch, tf.constant(0, tf.int64))
+    x_nat, x, _ = attacked_batch(small_model, config, batch, 0, update_population_norms=False)
     logits_nat, logits = (small_model(v, update_population_norms=False) for v in (x_nat, x))
     xent = -log_softmax(logits)[np.arange(16), batch[1]]
     attacked = np.flatnonzero(train.adversarial_tail(config))
@@ -101,6 +102,6 @@ def test_beta_pulls_the_two_distributions_together(small_config, small_model, ba
         step = train.make_train_step(small_model, train.make_optimizer(config), config)
         for _ in range(15):
             step(*batch, 0)
-        x_nat, x, _ = train.make_batch(small_model, config)(*batch, tf.constant(0, tf.int64))
+        x_nat, x, _ = attacked_batch(small_model, config, batch, 0)
         left[beta] = float(tf.reduce_mean(kl_divergence(small_model(x_nat), small_model(x))))
     assert left[20.] < left[0.] / 2

@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from config import TRAINING_MODES, load_config, store_config
 from running import UserError
-from conftest import CHECKPOINT, ROOT
+from cifar10_input import augment
+from conftest import CHECKPOINT, ROOT, attacked_batch
 import train
 from model import Model
 
@@ -68,7 +69,7 @@ def test_optimizer_does_what_tensorflow_1s_does_across_changes_of_the_rate():
 @pytest.mark.parametrize('mode', TRAINING_MODES)
 def test_what_the_weight_update_sees(small_model, small_config, batch, mode):
     config = small_config(training_mode=mode)
-    x_nat, x, _ = (v.numpy() for v in train.make_batch(small_model, config)(*batch, tf.constant(3)))
+    x_nat, x, _ = (v.numpy() for v in attacked_batch(small_model, config, batch, 3))
     attacked = (x_nat != x).reshape(16, -1).mean(axis=1) > 0.5
     expected = {'natural': [False] * 16, 'adv_only': [True] * 16}.get(
         mode, [False] * 12 + [True] * 4)
@@ -81,7 +82,7 @@ def test_shaping_in_training_attacks_as_adv_only_does_and_then_restores_the_head
         small_model, small_config, batch):
     def x(mode):
         config = small_config(training_mode=mode)
-        return train.make_batch(small_model, config)(*batch, tf.constant(0))[1].numpy()
+        return attacked_batch(small_model, config, batch, 0)[1].numpy()
     whole, mixed, shaped = x('adv_only'), x('shaping_in_training'), x(TRAINING_MODES[-1])
     assert (whole[12:] == mixed[12:]).all()
     assert (shaped[12:] != mixed[12:]).mean() > 0.01  # under other norms, another attack
@@ -137,7 +138,7 @@ def test_metrics_tell_clean_head_and_adversarial_tail_apart(small_model, small_c
 
 def test_augmentation_is_a_crop_of_the_padded_image_or_its_mirror():
     images = np.random.default_rng(0).integers(1, 256, (64, 32, 32, 3)).astype(np.float32)
-    out = train.augment(tf.constant(images), tf.constant([1, 2], tf.int64)).numpy()
+    out = augment(tf.constant(images), tf.constant([1, 2], tf.int64)).numpy()
     padded = np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)])
     found = set()
     for image, crop in zip(padded, out):
