@@ -5,6 +5,7 @@ A configuration is a plain dict, as in the original. SCHEMA below is the one pla
 what it may hold, and what it is part of.
 """
 from collections.abc import Callable
+import difflib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from absl import flags
 
 from running import UserError
 from running.files import replacing
+from running.program import start
 from running.untrusted import parse_json, read_json
 
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
@@ -25,6 +27,7 @@ DISTRIBUTIONS = ('none', 'mirrored', 'multi_worker')
 BATCH_NORMS = ('per_replica', 'synchronized')
 PRECISIONS = ('float32', 'mixed_bfloat16')
 LOSS_FUNCS = ('xent', 'cw')
+INFERENCE_MODES = ('bn', 'pn', 'bn_shaping')
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')
@@ -195,7 +198,10 @@ def check_config(config):
     """Raises UserError unless every key is known, present and holds a value that can work."""
     for key, value in config.items():
         if key not in SCHEMA:
-            raise UserError(f'unknown key {key[:200]!r}; the keys are {", ".join(SCHEMA)}')
+            near = difflib.get_close_matches(key[:200], SCHEMA, 1, 0.5)
+            raise UserError(f'unknown key {key[:200]!r}; '
+                            + (f'did you mean {near[0]}?' if near else
+                               'docs/configuration.md lists the keys'))
         if not SCHEMA[key].check(value):
             raise UserError(f'{key} must be {SCHEMA[key].expected}, got {_shown(value)}')
     for key in SCHEMA:
@@ -250,6 +256,14 @@ def define_model_flags():
                         'Folder of a training; its own config.json is then used.')
     flags.DEFINE_string('checkpoint', None, 'Prefix of a checkpoint, of this project or of the '
                         "original's. Default: the newest in model_dir.")
+
+
+def begin(usage, takes_words=False):
+    """Reads the command line of a program that takes a configuration, and checks it.
+
+    To be called before TensorFlow is imported: a mistake is reported at once. See program.start.
+    """
+    start(usage, config_from_flags, SCHEMA, takes_words)
 
 
 def config_from_flags():

@@ -17,7 +17,7 @@ from absl import flags
 
 from running import UserError
 from running.download import check_url, download
-from running.program import run
+from running.program import run, start
 from running.untrusted import MAX_BYTES, check_plain, find_checkpoints, unpack
 
 # name: (address, SHA-256 of the archive or None where it was not published)
@@ -79,4 +79,5 @@ if __name__ == '__main__':
     flags.DEFINE_string('url', None, "Address of the archive, in place of the original's.")
     flags.DEFINE_string('models_dir', 'models', 'The model is unpacked into a folder of this one.')
     flags.DEFINE_string('sha256', None, 'Digest that the archive must have.')
+    start(__doc__, takes_words=True)
     run(main, tuple(MODELS))

@@ -13,13 +13,19 @@ import os
 from absl import flags
 import numpy as np
 
-from config import LOSS_FUNCS, config_from_flags, define_model_flags, relevant
+from config import LOSS_FUNCS, begin, config_from_flags, define_model_flags, relevant
+from running.program import run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    define_model_flags()
+    begin(__doc__)
+
+import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import eval_examples, load_data
 from model import build_model, find_checkpoint
 from running import UserError
-from running.program import run
 from running.unfinished import appended, checkpoint_digest, data_digest, finish
 from shaping import masked
 
@@ -218,5 +224,4 @@ def main():
 
 
 if __name__ == '__main__':
-    define_model_flags()
     run(main)

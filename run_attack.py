@@ -8,7 +8,15 @@ pred.npy. .npy files are never unpickled, and nothing is allocated by what their
 from absl import flags
 import numpy as np
 
-from config import config_from_flags, define_model_flags
+from config import INFERENCE_MODES, begin, config_from_flags, define_model_flags
+from running.program import run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    define_model_flags()
+    flags.DEFINE_string('inference', 'pn', f'One of {", ".join(INFERENCE_MODES)}.')
+    begin(__doc__)
+
+import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import eval_examples, load_data
@@ -17,9 +25,8 @@ from model import build_model, find_checkpoint
 from pgd_attack import perturbation_fault
 from running import UserError, brief
 from running.files import replacing
-from running.program import run
 from running.untrusted import map_array
-from shaping import INFERENCE_MODES, make_inference
+from shaping import make_inference
 
 
 def run_attack(checkpoint, x_adv, data, config, mode):
@@ -87,6 +94,4 @@ def main():
 
 
 if __name__ == '__main__':
-    define_model_flags()
-    flags.DEFINE_string('inference', 'pn', f'One of {", ".join(INFERENCE_MODES)}.')
     run(main)

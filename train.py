@@ -17,7 +17,17 @@ import zlib
 from absl import flags
 import numpy as np
 
-from config import config_from_flags, load_config, may_change, store_config
+from config import begin, config_from_flags, load_config, may_change, store_config
+from running.program import STOPPED, run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    flags.DEFINE_boolean('profile', False, 'Write a TensorBoard profile of 10 steps into '
+                         'model_dir.')
+    flags.DEFINE_integer('logical_cpus', 1, 'Divide the CPU into so many logical devices, to try '
+                         'distribution=mirrored without GPUs.')
+    begin(__doc__)
+
+import running.quiet  # noqa: F401
 import keras
 import tensorflow as tf
 from tqdm import tqdm
@@ -29,8 +39,7 @@ from pgd_attack import LinfPGDAttack
 from running import UserError
 from running.devices import (LOST, check_agreement, check_shares, divide_cpu, is_chief,
                              make_strategy, make_sum, num_workers, shares)
-from running.outputs import PROFILE_STEPS, Curves, Log, Pace, Profile, Saver
-from running.program import STOPPED, run
+from running.outputs import Curves, Log, Pace, Profile, Saver
 from running.resume import (forget_steps, reason, remove_unfinished, stop_on_signals, take_lock,
                             tell)
 from shaping import masked, tail_mask
@@ -468,8 +477,4 @@ def make_saver(config, model, optimizer, start, newest, chief):
 
 
 if __name__ == '__main__':
-    flags.DEFINE_boolean('profile', False, f'Write a TensorBoard profile of {PROFILE_STEPS} steps '
-                         'into model_dir.')
-    flags.DEFINE_integer('logical_cpus', 1, 'Divide the CPU into so many logical devices, to try '
-                         'distribution=mirrored without GPUs.')
     run(main)

@@ -202,7 +202,7 @@ def test_evals_mistakes_are_told_in_one_line(tmp_path, arguments, named):
 
 
 @pytest.mark.parametrize('spoil, named', [
-    (lambda x: x[:5], r'shape \[5, 32, 32, 3\]; \[10, 32, 32, 3\]'),
+    (lambda x: x[:5], r'shape \[5, 32, 32, 3\]; expected \[10, 32, 32, 3\]'),
     (lambda x: x.astype(np.int32), 'int32'),
     (lambda x: x.astype('S8'), 'S8'),
     (lambda x: x.astype(object), 'not a .npy file of numbers'),
