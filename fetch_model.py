@@ -51,11 +51,13 @@ def main(words):
         if os.path.lexists(folder):
             raise UserError(f'{folder} is there and holds no checkpoint; move it away, or name '
                             'another --models_dir')
+        # Download the model
         if os.path.exists(path):
             print(f'{path} is there already: not downloaded again', flush=True)
         else:
             download(url, path, checked=bool(sha256))
         try:
+            # Compute its hash
             with open(path, 'rb') as f:
                 digest = hashlib.file_digest(f, 'sha256').hexdigest()
             print(f'{path}: {os.path.getsize(path):,} bytes, SHA-256 {digest}', flush=True)
@@ -63,6 +65,7 @@ def main(words):
                 print('No digest was published for it: --sha256 can require this one next time')
             elif digest != sha256.lower():
                 raise UserError(f'has the SHA-256 digest {digest}; expected {sha256.lower()}')
+            # Extract the model
             unpack(path, folder)
         except UserError as error:
             os.replace(path, f'{path}.bad')

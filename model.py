@@ -66,29 +66,6 @@ class Model(keras.Model):
         self._build_model(tf.zeros([1, 32, 32, 3]), Norms(training=False))  # makes the variables
         self.built = True
 
-    def call(self, images, training=True, num_groups=1, update_population_norms=True,
-             norms_from=None):
-        """Computes the logits of a batch.
-
-        Args:
-            images: [b, 32, 32, 3], in [0, 255]; each is standardized here, as in the original.
-            training: True normalizes by the batch (BN), False by the moving averages (PN).
-            num_groups: with BN, normalizes each of this many equal, consecutive groups of the batch
-                by its own statistics. b must be a multiple of it.
-            update_population_norms: with BN, moves the moving averages towards this batch, as every
-                forward pass of the original's training does. False where a model is only judged:
-                an evaluation with BN must not change what PN will answer. They never move with
-                num_groups > 1, where there is no one batch to move towards.
-            norms_from: with BN, normalizes the whole batch by the statistics of this many first
-                samples: how the others look to the batch norms of these. The moving averages are
-                left alone.
-
-        Returns:
-            logits [b, num_classes], float32.
-        """
-        return self._build_model(
-            images, Norms(training, num_groups, update_population_norms, norms_from))
-
     def _build_model(self, images, norms):
         """Computes the logits. A variable is made where it is first used: in the constructor."""
         x = self.standardize(tf.cast(images, tf.float32))
@@ -102,18 +79,6 @@ class Model(keras.Model):
         x = self._relu(x, LEAKINESS)
         x = self._global_avg_pool(tf.cast(x, tf.float32))
         return self._fully_connected('logit', x, self.num_classes)
-
-    def units(self):
-        """Yields (name, input channels, output channels, stride) of each unit, in order."""
-        for stage in (1, 2, 3):
-            for i in range(self.num_residual_units):
-                in_filters = self.filters[stage - 1 if i == 0 else stage]
-                stride = 2 if stage > 1 and i == 0 else 1
-                yield f'unit_{stage}_{i}', in_filters, self.filters[stage], stride
-
-    def standardize(self, images):
-        """Returns images [b, 32, 32, 3], each of mean 0 and variance 1."""
-        return tf.image.per_image_standardization(images)
 
     def _batch_norm(self, name, x, norms):
         """Normalizes x [b, h, w, c] by what `norms` says; moves the moving averages if it says."""
@@ -187,7 +152,42 @@ class Model(keras.Model):
         """Returns the mean of x [b, h, w, c] over space, [b, c]."""
         return tf.reduce_mean(x, [1, 2])
 
-    # ---- beyond the original's file: variables, checkpoints
+    # ---- beyond the original's file: calls, variables, checkpoints
+
+    def call(self, images, training=True, num_groups=1, update_population_norms=True,
+             norms_from=None):
+        """Computes the logits of a batch.
+
+        Args:
+            images: [b, 32, 32, 3], in [0, 255]; each is standardized here, as in the original.
+            training: True normalizes by the batch (BN), False by the moving averages (PN).
+            num_groups: with BN, normalizes each of this many equal, consecutive groups of the batch
+                by its own statistics. b must be a multiple of it.
+            update_population_norms: with BN, moves the moving averages towards this batch, as every
+                forward pass of the original's training does. False where a model is only judged:
+                an evaluation with BN must not change what PN will answer. They never move with
+                num_groups > 1, where there is no one batch to move towards.
+            norms_from: with BN, normalizes the whole batch by the statistics of this many first
+                samples: how the others look to the batch norms of these. The moving averages are
+                left alone.
+
+        Returns:
+            logits [b, num_classes], float32.
+        """
+        return self._build_model(
+            images, Norms(training, num_groups, update_population_norms, norms_from))
+
+    def units(self):
+        """Yields (name, input channels, output channels, stride) of each unit, in order."""
+        for stage in (1, 2, 3):
+            for i in range(self.num_residual_units):
+                in_filters = self.filters[stage - 1 if i == 0 else stage]
+                stride = 2 if stage > 1 and i == 0 else 1
+                yield f'unit_{stage}_{i}', in_filters, self.filters[stage], stride
+
+    def standardize(self, images):
+        """Returns images [b, 32, 32, 3], each of mean 0 and variance 1."""
+        return tf.image.per_image_standardization(images)
 
     def _variable(self, name, shape, initializer, **settings):
         """Returns the variable of that name, made on its first use, as tf.get_variable does.
