@@ -310,8 +310,8 @@ def test_set_takes_json_and_text_where_the_key_wants_text(setting, value):
 
 def test_text_for_a_key_that_wants_a_number_is_refused_by_name():
     assert refusal(settings=['num_steps=ten']).startswith('num_steps must be an integer, ')
-    assert refusal(settings=['num_steps=']).startswith('num_steps is ""; an integer')
-    assert refusal(settings=['model_dir=']).startswith('model_dir is ""; the path of a folder')
+    assert refusal(settings=['num_steps=']).startswith('num_steps must be an integer, ')
+    assert refusal(settings=['model_dir=']).startswith('model_dir must be the path of a folder, ')
 
 
 def test_set_without_an_equals_sign_is_told_the_form():
