@@ -7,6 +7,7 @@ from absl import app, logging
 
 from running import UserError
 
+ANY = object()  # `names` of a program that takes words of any kind
 STOPPED = 75  # exit status of a training that a signal stopped: EX_TEMPFAIL of sysexits.h
 
 
@@ -23,7 +24,8 @@ def run(main, names=None):
 
     Ctrl-C and SIGTERM end it with one line and a shell's usual status, 130 and 143.
 
-    With `names`, the words that the program takes beside its options, it runs main(words given).
+    With `names`, the words that the program takes beside its options, or ANY, it runs main(words
+    given).
     """
     name = os.path.basename(sys.argv[0])
 
@@ -33,7 +35,7 @@ def run(main, names=None):
             for word in argv[1:]:
                 if names is None:
                     raise UserError(f'{word!r} is not an option; {name} --help lists them')
-                if word not in names:
+                if names is not ANY and word not in names:
                     raise UserError(f'{word!r} is none of {", ".join(names)}')
             main() if names is None else main(argv[1:])
         except UserError as error:
