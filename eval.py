@@ -138,7 +138,8 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
         of_attack, right[name], in_ball[name] = evaluate_attack(
             name, attack, data, config, judges, num_draws, kept and kept[name], samples)
         results += of_attack
-    settings = {name: made[name][1] for name in attacks}
+    settings = {name: {key: value for key, value in made[name][1].items() if key != 'library'}
+                for name in attacks}
     return results + [{**r, 'attack_settings': settings}
                       for r in worst_cases(right, in_ball, config)]
 

@@ -15,6 +15,7 @@ from running.files import replacing
 from running.outputs import Curves
 from running.results import add_results, check_writable, provenance, read_results
 from running.unfinished import remove
+from shaping import INFERENCE_MODES
 
 # Of a row, what was found, and what says where it comes from. All else says how it was computed.
 FOUND = ('accuracy', 'interval', 'xent', 'seconds', 'num_fooled', 'median_l2', 'spread', 'range',
@@ -99,8 +100,9 @@ def print_comparison(paths):
         sources.append(f'({number}) {file}, step {brief(contents.get("step"))}')
     lines = {}  # {(attack, inference, settings): {column: row}}
     for number, rows in enumerate(columns):
-        for row in sorted(rows, key=lambda row: row['num_examples']):  # the most examples last
-            key = row['attack'], row['inference'], identity(comparable(row))
+        # Of those that differ in the examples, or the like, one with the most is shown
+        for row in sorted(rows, key=lambda row: (row['num_examples'], date_of(row))):
+            key = row['attack'], row['inference'], json.dumps(compared(row), sort_keys=True)
             lines.setdefault(key, {})[number] = row
     print('Accuracy in %, [95% Wilson interval], number of test images. A dash: not evaluated')
     print(*sources, sep='\n')
@@ -143,8 +145,16 @@ def rows_of_last(path):
     if not rows:
         raise UserError(f'{path} holds no rows; expected a file that eval.py wrote')
     last = contents.get('checkpoint'), contents.get('step')
-    return [row for row in rows
+    rows = [row for row in rows
             if (row.get('checkpoint', last[0]), row.get('step', last[1])) == last] or rows
+    weights = max(rows, key=date_of).get('checkpoint_digest')  # others were trained there before
+    return [row for row in rows if row.get('checkpoint_digest') == weights]
+
+
+def date_of(row):
+    """Returns when a row was computed, '' where it does not say."""
+    where = row.get('provenance')
+    return str(where.get('date', '')) if isinstance(where, dict) else ''
 
 
 def is_result(row):
@@ -158,26 +168,36 @@ def is_result(row):
             and all(map(number, interval)) and type(row.get('num_examples')) is int)
 
 
-def comparable(row):
-    """Returns a row without what two trainings that are compared may differ in."""
-    return {key: value for key, value in row.items()
-            if key not in ('checkpoint_digest', 'data', 'np_random_seed', 'num_examples',
-                           'eval_batch_size', 'precision')}
+def compared(row):
+    """Returns the settings in which rows of different trainings must agree to stand in one line.
+
+    Those of a worst case are the settings of its attacks, such as 'pgd.num_steps'.
+    """
+    settings = {key: value for key, value in row.items() if key not in (
+        *FOUND, *ORIGIN, 'checkpoint_digest', 'data', 'np_random_seed', 'num_examples',
+        'eval_batch_size', 'precision')}
+    of_attacks = settings.pop('attack_settings', {})
+    for attack, of_attack in of_attacks.items() if isinstance(of_attacks, dict) else ():
+        if isinstance(of_attack, dict):
+            settings |= {f'{attack}.{key}': value for key, value in of_attack.items()}
+    return settings
 
 
 def ordered(lines):
-    """Returns the keys of lines, attacks in the table's order, the worst cases last."""
-    places = {name: place for place, name in enumerate(ATTACKS)}
-    return sorted(lines, key=lambda key: (places.get(key[0], len(places)), key))
+    """Returns the keys of lines, in the order of the attacks and of the inference modes."""
+    def place(name, names):
+        return names.index(name) if name in names else len(names)
+    return sorted(lines, key=lambda key: (place(key[0], list(ATTACKS)), key[0],
+                                          place(key[1], INFERENCE_MODES), key))
 
 
 def differences(key, lines):
     """Returns in what the settings of a line differ from those of others of its attack and mode."""
     alike = [json.loads(other[2]) for other in lines if other[:2] == key[:2]]
     mine = json.loads(key[2])
-    return [f'{name}={brief(json.dumps(mine.get(name)))[:60]}'
+    return [f'{brief(name)}={brief(json.dumps(mine.get(name)))[:60]}'
             for name in dict.fromkeys(name for settings in alike for name in settings)
-            if name != 'attack_settings' and any(s.get(name) != mine.get(name) for s in alike)]
+            if any(s.get(name) != mine.get(name) for s in alike)]
 
 
 # ---- what is written
@@ -231,22 +251,21 @@ class Outputs:
         own = os.path.realpath(os.path.dirname(checkpoint)) == os.path.realpath(self.model_dir)
         if self.with_curves and own:
             self._curves = self._curves or Curves(self.folder)
-            images = {name: panels(data.eval_data.xs, x_adv)
-                      for name, (x_adv, _) in samples.items()}
             with self._curves.writing():
-                write_summaries(results, images, step, config, self._usual)
+                write_summaries(results, samples, data, step, config, self._usual)
         if self.pictures:
             draw_pictures(self.pictures, samples, data, f'{checkpoint}, step {step}')
             print(f'Written to {self.pictures}', flush=True)
 
 
-def write_summaries(results, images, step, config, usual):
-    """Writes TensorBoard scalars of each row, and the sample images of each attack.
+def write_summaries(results, samples, data, step, config, usual):
+    """Writes TensorBoard scalars of each row; samples of each attack, and what was answered.
 
     Rows with the usual settings have the original's tags, too: PN's clean and PGD's.
 
     Args:
-        images: {attack: [k, 32, 96, 3]}. config: the configuration. usual: that of the training.
+        results, samples: as `evaluate` found them. data: a CIFAR10Data.
+        config: the configuration. usual: that of the training.
     """
     for r in results:
         settings = tag_settings(r, config, usual)
@@ -257,11 +276,17 @@ def write_summaries(results, images, step, config, usual):
             for tag in ('{} nat',) if r['attack'] == 'clean' else ('{} adv', '{} adv eval'):
                 tf.summary.scalar(tag.format('accuracy'), r['accuracy'], step)
                 tf.summary.scalar(tag.format('xent'), r['xent'], step)
-    for name, image in images.items():
-        settings = tag_settings(next(r for r in results if r['attack'] == name), config, usual)
-        tf.summary.image(f'images {name} eval{settings}', image / 255, step,
-                         max_outputs=len(image), description=
+    for name, (x_adv, answers) in samples.items():
+        tag = f'{name} eval' + tag_settings(next(r for r in results if r['attack'] == name), config,
+                                            usual)
+        tf.summary.image(f'images {tag}', panels(data.eval_data.xs, x_adv) / 255, step,
+                         max_outputs=len(x_adv), description=
                          f'clean, adversarial, difference times {DIFFERENCE_TIMES}')
+        heads = ['label', *(mode for mode, _ in answers)]
+        rows = zip(data.eval_data.ys, *answers.values())
+        tf.summary.text(f'answers {tag}', '\n'.join(
+            ['|'.join(heads), '|'.join('-' * len(heads)),
+             *('|'.join(data.label_names[y] for y in row) for row in rows)]), step)
 
 
 def tag_settings(row, config, usual):
