@@ -188,7 +188,7 @@ def test_a_batch_that_left_its_ball_is_never_counted(
 
 
 def test_more_examples_than_there_are_is_refused(small_model, small_config, data):
-    with pytest.raises(UserError, match='num_eval_examples is 61; at most 60'):
+    with pytest.raises(UserError, match='num_eval_examples is 61; expected at most 60'):
         evaluate(small_model, data, small_config(num_eval_examples=61), ['clean'], ['pn'])
 
 
