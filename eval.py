@@ -49,6 +49,10 @@ class Request(NamedTuple):
     num_draws: int = 1
 
 
+class Removed(UserError):
+    """A checkpoint was removed, as a training removes old ones, before its weights were read."""
+
+
 def main(words):
     if flags.FLAGS.compare:
         return compare(words)
@@ -77,19 +81,24 @@ def main(words):
                      if flags.FLAGS.watch else [checkpoint]):
         try:
             evaluate_checkpoint(filename, model, data, config, request, outputs)
-        except (UserError, FileNotFoundError):
-            if not flags.FLAGS.watch or os.path.exists(f'{filename}.index'):
+        except Removed as error:
+            if not flags.FLAGS.watch:
                 raise
-            print(f'{filename} was removed before it could be evaluated', flush=True)
+            print(error, flush=True)
 
 
 # A function for evaluating a single checkpoint
 def evaluate_checkpoint(filename, model, data, config, request, outputs):
     """Evaluates a single checkpoint: prints its table, writes its rows and summaries."""
     # Restore the checkpoint
-    filename = find_checkpoint(config, filename)
-    of_weights, of_data = checkpoint_digest(filename), data_digest(data)
-    step = model.load_madry_checkpoint(filename)
+    try:
+        filename = find_checkpoint(config, filename)
+        of_weights, of_data = checkpoint_digest(filename), data_digest(data)
+        step = model.load_madry_checkpoint(filename)
+    except (UserError, FileNotFoundError):
+        if os.path.exists(f'{filename}.index'):
+            raise
+        raise Removed(f'{filename} was removed before it could be evaluated') from None
     print(f'Checkpoint {filename}, step {step}   ({datetime.now()})', flush=True)
 
     # Attack and classify, batch by batch

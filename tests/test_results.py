@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from config import store_config
 from conftest import CHECKPOINT
-from eval import Request, evaluate_checkpoint
+from eval import Removed, Request, evaluate_checkpoint
 from model import find_checkpoint
 from report import Outputs, identity, print_comparison, tag_settings
 from running import UserError, arriving, results
@@ -325,6 +325,22 @@ def test_what_cannot_be_compared_is_named(tmp_path, contents, named):
         print_comparison([os.path.dirname(CHECKPOINT)])
     with pytest.raises(UserError, match='--compare'):
         print_comparison([])
+
+
+def test_a_checkpoint_that_the_training_removed_is_told_apart(
+        small_model, small_config, data, tmp_path):
+    """--watch takes the next one then; any other mistake, such as in the output, ends it."""
+    config = small_config(model_dir=str(tmp_path))
+    arguments = small_model, data, config, Request(['clean'], ['pn']), Outputs(config)
+    with pytest.raises(Removed, match='checkpoint-3 was removed before it could be evaluated'):
+        evaluate_checkpoint(str(tmp_path / 'checkpoint-3'), *arguments)
+    small_model.save_madry_checkpoint(tmp_path / 'checkpoint-3')
+    (tmp_path / 'eval').mkdir()
+    (tmp_path / 'eval' / 'results.json').write_text('meanwhile damaged')
+    with pytest.raises(UserError, match='results.json is not JSON') as error:
+        evaluate_checkpoint(str(tmp_path / 'checkpoint-3'), *arguments)
+    assert not isinstance(error.value, Removed)
+    assert os.listdir(tmp_path / 'eval' / 'unfinished')  # a second run has nothing to compute
 
 
 # ---- which checkpoint
