@@ -5,6 +5,7 @@ forward pass normalizes by, so that is an argument of every call: the batch ("BN
 equal groups of the batch (paper, Eq. 6, many queries in one call), or the population, that is the
 moving averages ("PN").
 """
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 
 from config import BATCH_NORMS, PRECISIONS
 from running import UserError, brief
+from running.untrusted import read_json
 import keras
 import tensorflow as tf
 
@@ -278,14 +280,17 @@ class Model(keras.Model):
             for name, (variable, *_) in copies.items():
                 if name not in shapes:
                     raise UserError(f'{prefix} holds no {name}: it is of another network than '
-                                    f'num_residual_units {self.num_residual_units} describes')
+                                    f'num_residual_units {self.num_residual_units} describes; '
+                                    '--model_dir DIR takes the configuration stored in DIR')
                 if tuple(shapes[name]) != tuple(variable.shape):
                     raise UserError(f'{name} is {list(shapes[name])} in {prefix}, but '
-                                    f'{list(variable.shape)} here: see width_factor and classes')
+                                    f'{list(variable.shape)} here: see width_factor and classes; '
+                                    '--model_dir DIR takes the configuration stored in DIR')
             extra = sorted(n for n in shapes if n.endswith('/DW') and n not in copies)
             if extra:
                 raise UserError(f'{prefix} also holds {extra[0]}: it is of a deeper network than '
-                                f'num_residual_units {self.num_residual_units} describes')
+                                f'num_residual_units {self.num_residual_units} describes; '
+                                '--model_dir DIR takes the configuration stored in DIR')
             values = {name: reader.get_tensor(name) for name in copies}
             global_step = int(reader.get_tensor('global_step')) if 'global_step' in shapes else 0
         except UserError:
@@ -372,20 +377,52 @@ def newest_intact(folder):
     return None
 
 
-def find_checkpoint(config, prefix=None):
+def find_checkpoint(config, checkpoint=None):
     """Returns the prefix of a checkpoint: the one given, or the newest intact one in model_dir.
 
+    Args:
+        checkpoint: its prefix, one of its files, or a folder, whose newest intact one is taken.
+
     Raises:
-        UserError: there is none, or none that is intact.
+        UserError: there is none, none that is intact, or it was trained with another network or
+            other classes.
     """
-    prefix = prefix or newest_intact(config['model_dir'])
+    folder, where = config['model_dir'], f'model_dir {config["model_dir"]}'
+    if checkpoint:
+        prefix = re.sub(r'\.(index|meta|data-\d{5}-of-\d{5})$', '', str(checkpoint))
+        if os.path.isfile(f'{prefix}.index'):
+            return trained_alike(config, prefix)
+        folder, name = os.path.split(prefix)
+        if os.path.isdir(prefix):
+            folder = prefix
+        elif name != 'checkpoint' and os.path.isfile(prefix):  # TensorFlow's old format: one file
+            return trained_alike(config, prefix)
+        elif name != 'checkpoint':
+            here = ', '.join(map(os.path.basename, checkpoints(folder or '.')[:3]))
+            raise UserError(f'--checkpoint {checkpoint}: there is no {prefix}.index; expected a '
+                            'prefix such as models/secret/checkpoint-70000'
+                            + (f'; {folder or "this folder"} holds {here}' if here else ''))
+        where = f'--checkpoint {checkpoint}'
+    prefix = newest_intact(folder or '.')
     if prefix:
-        return prefix
-    if checkpoints(config['model_dir']):
-        raise UserError(f'model_dir {config["model_dir"]} holds checkpoints, but none that is '
-                        'intact; expected another model_dir')
-    raise UserError(f'model_dir {config["model_dir"]} holds no checkpoint; train.py writes '
-                    'them there')
+        return trained_alike(config, prefix)
+    if checkpoints(folder or '.'):
+        raise UserError(f'{where} holds checkpoints, but none that is intact; expected another '
+                        'folder')
+    raise UserError(f'{where} holds no checkpoint; train.py writes them there')
+
+
+def trained_alike(config, prefix):
+    """Returns prefix. Raises UserError where config.json beside it is of another kind of model."""
+    folder = os.path.dirname(prefix)
+    path = os.path.join(folder, 'config.json')
+    stored = read_json(path) if os.path.isfile(path) else {}
+    for key in ('num_residual_units', 'width_factor', 'dataset', 'classes'):
+        if key in stored and key in config and stored[key] != config[key]:
+            raise UserError(f'{prefix} was trained with {key} {brief(json.dumps(stored[key]))}, '
+                            f'got {json.dumps(config[key])}; expected --model_dir {folder or "."}, '
+                            'which takes the configuration stored there')
+    return prefix
 
 
 def synchronized_batch_norm(x, gamma, beta):

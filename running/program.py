@@ -10,6 +10,7 @@ from absl import flags, logging
 
 from running import UserError, brief
 
+ANY = object()  # `names` of a program that takes words of any kind
 STOPPED = 75  # exit status of a training that a signal stopped: EX_TEMPFAIL of sysexits.h
 HELP = ('--help', '-h', '--helpshort', '--helpfull', '-help', '--h')
 
@@ -114,7 +115,8 @@ def run(main, names=None):
 
     Ctrl-C and SIGTERM end it with one line and a shell's usual status, 130 and 143.
 
-    With `names`, the words that the program takes beside its options, it runs main(words given).
+    With `names`, the words that the program takes beside its options, or ANY, it runs main(words
+    given).
     """
     if not flags.FLAGS.is_parsed():
         start(None, takes_words=names is not None)
@@ -125,7 +127,7 @@ def run(main, names=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for word in _words:
-            if word not in names:
+            if names is not ANY and word not in names:
                 raise UserError(f'{word!r} is none of {", ".join(names)}')
         main() if names is None else main(list(_words))
     except (UserError, OSError) as error:

@@ -14,7 +14,7 @@ ROOMS = ('attacks', 'paper', 'running')
 # From the bottom up; what stands in one line may import within that line.
 FLOORS = [
     ('running',), ('config',), ('cifar10_input', 'model', 'shaping'), ('pgd_attack',), ('trades',),
-    ('attacks',), ('eval', 'train'), ('bench', 'fetch_model', 'paper', 'run_attack'),
+    ('attacks',), ('report',), ('eval', 'train'), ('bench', 'fetch_model', 'paper', 'run_attack'),
     ('reproduce',)]
 
 

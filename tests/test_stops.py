@@ -33,7 +33,10 @@ from shaping import INFERENCE_MODES
 
 
 def without_seconds(results):
-    return [{key: value for key, value in r.items() if key != 'seconds'} for r in results]
+    """Returns results without what two runs differ in, or eval.py adds: where they come from."""
+    other = ('seconds', 'checkpoint', 'step', 'checkpoint_digest', 'data', 'np_random_seed',
+             'precision', 'provenance')
+    return [{key: value for key, value in r.items() if key not in other} for r in results]
 
 
 # ---- small results
