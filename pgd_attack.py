@@ -195,7 +195,7 @@ def main():
         tf.config.set_visible_devices([], 'GPU')
 
     # The model and the attack
-    data = load_data(config)
+    data = load_data(config, flags.FLAGS.download)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)

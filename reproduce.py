@@ -26,7 +26,8 @@ import sys
 from absl import flags
 import numpy as np
 
-from config import SCHEMA, config_from_flags, load_config, relevant, store_config
+from config import (SCHEMA, config_from_flags, define_download_flag, load_config, relevant,
+                    store_config)
 import tensorflow as tf
 
 from attacks import make_attack, num_examples
@@ -76,6 +77,8 @@ def training(config, adversary, mode, ratio=None, seed=0):
     """
     name = f'{adversary}_{mode}'
     config = {**config, 'adversary': adversary, 'training_mode': mode}
+    if adversary == 'pgd':
+        config['trades_beta'] = 0.  # of trades alone
     if mode.startswith('shaping'):
         ratio = ratio or config['shaping_ratio']
         size = config['training_batch_size'] // (ratio + 1) * (ratio + 1)
@@ -124,7 +127,7 @@ def train(name, config, base):
                         f'is {steps}: {done} or another model_dir would fit')
     if done == steps:
         from train import check_same_run
-        check_same_run(config, stored)
+        check_same_run(config, stored, newest)
         return
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')]
     if flags.FLAGS.config:
@@ -902,7 +905,7 @@ def train_and_load(targets, needed, config, folder):
     """
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
-    data = load_data(config)
+    data = load_data(config, flags.FLAGS.download)
     check(targets, config, data)  # rather told now than after the trainings
     for name, of_training in needed.items():  # before this process takes a GPU for the evaluation
         train(name, of_training, config)
@@ -915,6 +918,7 @@ def train_and_load(targets, needed, config, folder):
 
 
 if __name__ == '__main__':
+    define_download_flag()
     flags.DEFINE_string('stored', None, 'Folder with config.json and cells/, as results/ has them: '
                         'makes tables and figures of these alone, in that folder.')
     run(main, (*TARGETS, 'all'))

@@ -118,7 +118,7 @@ def main():
     if 'apgd' in names and not flags.FLAGS.autoattack:
         raise UserError('--autoattack is missing; the folder of a clone of fra31/auto-attack, or '
                         'an --attack without apgd, would fit')
-    data = load_data(config)
+    data = load_data(config, flags.FLAGS.download)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))
