@@ -65,7 +65,7 @@ def train(config, strategy, profile=False, download=False):
     """Trains until max_num_training_steps, or until a signal; see the program's docstring.
 
     Args:
-        strategy: of make_strategy. profile: write a TensorBoard profile. download: as for load_data.
+        strategy: of make_strategy. profile: write a TensorBoard profile. download: of load_data.
     """
     # Seeds and parameters
     keras.utils.set_random_seed(config['tf_random_seed'])
@@ -530,7 +530,8 @@ def make_saver(config, model, optimizer, start, newest, chief, origin):
     Checkpoints after `start` are forgotten: they will be written again.
     """
     variables = model.checkpoint_variables(optimizer)
-    variables |= {name: tf.Variable(value) for name, value in origin.items()}
+    with tf.device('CPU'):
+        variables |= {name: tf.Variable(value) for name, value in origin.items()}
     replicas = model.strategy.num_replicas_in_sync
     if replicas > 1:
         variables[NUM_REPLICAS] = tf.Variable(replicas)
