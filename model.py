@@ -276,10 +276,10 @@ class Model(keras.Model):
         expected = {name: variable for name, (variable, *_) in copies.items()}
         try:
             reader = tf.train.load_checkpoint(str(prefix))
+            global_step = _global_step(prefix, reader)
             self._check_fit(prefix, reader.get_variable_to_shape_map(), expected)
             values = {name: _finite(prefix, reader, name) for name in copies
                       if name != 'global_step'}
-            global_step = _global_step(prefix, reader)
         except UserError:
             raise
         except Exception as error:  # a damaged index raises nearly anything

@@ -746,7 +746,8 @@ def draw_figures(targets, config, cells, folder):
 
     def save(figure, name):
         path = os.path.join(folder, f'{name}.png')
-        figure.savefig(path, dpi=150, bbox_inches='tight')
+        with replacing(path, 'wb') as f:
+            figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
         pyplot.close(figure)
         print(f'Drawn: {path}')
 
