@@ -22,20 +22,41 @@ from typing import NamedTuple
 from absl import flags
 import numpy as np
 
-from config import SCHEMA, config_from_flags, define_model_flags, parse_setting, relevant
+from attacks import ATTACKS, MINIMUM_NORM, check_names, make_attack, num_examples
+from config import (INFERENCE_MODES, SCHEMA, begin, choice, config_from_flags, define_model_flags,
+                    parse_setting, relevant)
+from running.program import ANY, run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    define_model_flags()
+    flags.DEFINE_string('inference', 'all',
+                        f'Comma-separated: {", ".join(INFERENCE_MODES)}, or all.')
+    flags.DEFINE_string('attack', 'clean,pgd', f'Comma-separated: {", ".join(ATTACKS)}, or all.')
+    flags.DEFINE_integer('num_draws', 1, 'Independent draws of clean samples under which '
+                         'bn_shaping classifies each example; the mean, the spread and the share '
+                         'right under all of them are reported.')
+    flags.DEFINE_boolean('watch', False, 'Evaluate each checkpoint of a training as it comes, '
+                         'until its last step.')
+    flags.DEFINE_string('output', None, 'File to which the results are added. Default: '
+                        'MODEL_DIR/eval/results.json. Nothing is then written in MODEL_DIR.')
+    flags.DEFINE_string('pictures', None, 'Draw the first test images in this .png file: clean, '
+                        'adversarial, their difference, and what each inference answers.')
+    flags.DEFINE_boolean('compare', False, 'Print the results in the folders or files that are '
+                         'named, side by side; evaluate nothing.')
+    begin(__doc__, takes_words=True, attack=ATTACKS, inference=INFERENCE_MODES)
+
+import running.quiet  # noqa: F401
 import tensorflow as tf
 
-from attacks import ATTACKS, MINIMUM_NORM, check_names, make_attack, num_examples
 from cifar10_input import eval_examples, load_data
 from model import build_model, checkpoints, damage, find_checkpoint
 from pgd_attack import perturbation_fault
 from report import Outputs, print_comparison, print_table
 from running import UserError
 from running.arriving import arriving
-from running.program import ANY, run
 from running.unfinished import batches, checkpoint_digest, data_digest, path_of
 from running.untrusted import read_json
-from shaping import INFERENCE_MODES, make_inference, queries_of
+from shaping import make_inference, queries_of
 
 WORST_CASE = 'worst case'
 WORST_IN_BALL = 'worst in ball'
@@ -71,7 +92,7 @@ def main(words):
         checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
 
     # The data and the model
-    data = load_data(config)
+    data = load_data(config, flags.FLAGS.download)
     eval_examples(data, config)
     model = build_model(config, data.num_classes)
 
@@ -340,29 +361,5 @@ def compare(paths):
     print_comparison(paths)
 
 
-def choice(flag, value, known):
-    """Returns the names in a comma-separated flag, 'all' being all of them, in the order known."""
-    names = [name.strip() for name in value.split(',')]
-    for name in names:
-        if name != 'all' and name not in known:
-            raise UserError(f'--{flag} is {name!r}; expected {", ".join(known)} or all')
-    return [name for name in known if name in names or 'all' in names]
-
-
 if __name__ == '__main__':
-    define_model_flags()
-    flags.DEFINE_string('inference', 'all',
-                        f'Comma-separated: {", ".join(INFERENCE_MODES)}, or all.')
-    flags.DEFINE_string('attack', 'clean,pgd', f'Comma-separated: {", ".join(ATTACKS)}, or all.')
-    flags.DEFINE_integer('num_draws', 1, 'Independent draws of clean samples under which '
-                         'bn_shaping classifies each example; the mean, the spread and the share '
-                         'right under all of them are reported.')
-    flags.DEFINE_boolean('watch', False, 'Evaluate each checkpoint of a training as it comes, '
-                         'until its last step.')
-    flags.DEFINE_string('output', None, 'File to which the results are added. Default: '
-                        'MODEL_DIR/eval/results.json. Nothing is then written in MODEL_DIR.')
-    flags.DEFINE_string('pictures', None, 'Draw the first test images in this .png file: clean, '
-                        'adversarial, their difference, and what each inference answers.')
-    flags.DEFINE_boolean('compare', False, 'Print the results in the folders or files that are '
-                         'named, side by side; evaluate nothing.')
     run(main, ANY)

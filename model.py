@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import BATCH_NORMS, PRECISIONS
+from config import BATCH_NORMS, MAX_INTEGER, PRECISIONS
 from running import UserError, brief
 from running.untrusted import read_json
 import keras
@@ -22,6 +22,7 @@ import tensorflow as tf
 BN_DECAY = 0.9        # of the moving averages; the original's model.py
 BN_EPSILON = 0.001    # added to the variance; the default of the original's batch_norm
 LEAKINESS = 0.1       # slope of the leaky ReLU below zero
+ELSEWHERE = '--model_dir DIR takes the configuration stored in DIR'
 
 
 class Norms(NamedTuple):
@@ -271,37 +272,48 @@ class Model(keras.Model):
             the checkpoint's global step, an int (0 where it holds none).
 
         Raises:
-            running.UserError: no such checkpoint, or another network's; nothing is assigned then.
+            running.UserError: no such checkpoint, another network's, or one with values that no
+                training has: text, NaN, an endless step. Nothing is assigned then.
         """
         copies = self._copies(optimizer)
+        expected = {name: variable for name, (variable, *_) in copies.items()}
         try:
             reader = tf.train.load_checkpoint(str(prefix))
-            shapes = reader.get_variable_to_shape_map()
-            for name, (variable, *_) in copies.items():
-                if name not in shapes:
-                    raise UserError(f'{prefix} holds no {name}: it is of another network than '
-                                    f'num_residual_units {self.num_residual_units} describes; '
-                                    '--model_dir DIR takes the configuration stored in DIR')
-                if tuple(shapes[name]) != tuple(variable.shape):
-                    raise UserError(f'{name} is {list(shapes[name])} in {prefix}, but '
-                                    f'{list(variable.shape)} here: see width_factor and classes; '
-                                    '--model_dir DIR takes the configuration stored in DIR')
-            extra = sorted(n for n in shapes if n.endswith('/DW') and n not in copies)
-            if extra:
-                raise UserError(f'{prefix} also holds {extra[0]}: it is of a deeper network than '
-                                f'num_residual_units {self.num_residual_units} describes; '
-                                '--model_dir DIR takes the configuration stored in DIR')
-            values = {name: reader.get_tensor(name) for name in copies}
-            global_step = int(reader.get_tensor('global_step')) if 'global_step' in shapes else 0
+            global_step = _global_step(prefix, reader)
+            self._check_fit(prefix, reader.get_variable_to_shape_map(), expected)
+            values = {name: _finite(prefix, reader, name) for name in copies
+                      if name != 'global_step'}
         except UserError:
             raise
-        except (tf.errors.OpError, ValueError, IndexError) as error:
+        except Exception as error:  # a damaged index raises nearly anything
             raise UserError(f'{prefix} cannot be read as a checkpoint: '
                             f'{brief(error)}') from None
+        if 'global_step' in copies:
+            values['global_step'] = global_step
         for name, replicas in copies.items():
             for variable in replicas:
                 variable.assign(values[name])
         return global_step
+
+    def _check_fit(self, prefix, shapes, expected):
+        """Raises UserError unless a checkpoint's tensors are those of this network.
+
+        Args:
+            shapes: {name: shape} of the checkpoint. expected: {name: tf.Variable}.
+        """
+        for name, variable in expected.items():
+            if name not in shapes:
+                raise UserError(f'{prefix} holds no {name}: it is of another network than '
+                                f'num_residual_units {self.num_residual_units} '
+                                f'describes; {ELSEWHERE}')
+            if tuple(shapes[name]) != tuple(variable.shape):
+                raise UserError(f'{name} is {list(shapes[name])} in {prefix}, but '
+                                f'{list(variable.shape)} here: see width_factor and classes; '
+                                f'{ELSEWHERE}')
+        extra = sorted(n for n in shapes if n.endswith('/DW') and n not in expected)
+        if extra:
+            raise UserError(f'{prefix} also holds {extra[0]}: it is of a deeper network than '
+                            f'num_residual_units {self.num_residual_units} describes; {ELSEWHERE}')
 
     def save_madry_checkpoint(self, prefix, optimizer=None, global_step=0):
         """Writes prefix.index and prefix.data-00000-of-00001, which the original's Saver restores.
@@ -320,6 +332,32 @@ class Model(keras.Model):
             variables['global_step'] = tf.Variable(global_step, dtype=tf.int64)
         tf.compat.v1.train.Saver(variables).save(None, str(prefix), write_state=False,
                                                  write_meta_graph=False)
+
+
+def _finite(prefix, reader, name):
+    """Returns the tensor of that name in a checkpoint. Raises UserError: not finite numbers."""
+    dtype = reader.get_variable_to_dtype_map()[name]
+    if not dtype.is_floating:
+        raise UserError(f'{prefix}: {name} is of type {dtype.name}; expected float32')
+    value = reader.get_tensor(name)
+    if not np.isfinite(value).all():
+        raise UserError(f'{prefix}: {name} holds NaN or infinity; expected finite numbers')
+    return value
+
+
+def _global_step(prefix, reader):
+    """Returns the global step of a checkpoint, 0 where it holds none. Raises UserError."""
+    if not reader.has_tensor('global_step'):
+        return 0
+    shape = reader.get_variable_to_shape_map()['global_step']
+    dtype = reader.get_variable_to_dtype_map()['global_step']
+    if shape or not dtype.is_integer:
+        raise UserError(f'{prefix}: global_step is {dtype.name} {list(shape)}; expected one '
+                        'integer')
+    step = int(reader.get_tensor('global_step'))
+    if not 0 <= step <= MAX_INTEGER:
+        raise UserError(f'{prefix}: global_step is {step}; expected 0 to {MAX_INTEGER}')
+    return step
 
 
 def build_model(config, num_classes):
@@ -358,7 +396,7 @@ def damage(prefix):
                 return f'{name} is larger than the file that holds it'
             reader.get_tensor(name)
     except OSError as error:
-        return f'{os.path.basename(error.filename)}: {error.strerror}'
+        return f'{os.path.basename(error.filename or prefix)}: {error.strerror or brief(error)}'
     except Exception as error:  # a damaged index raises nearly anything
         return brief(error)
     return None

@@ -206,7 +206,7 @@ def main():
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
 
     # The data, the model and the attack
-    data = load_data(config)
+    data = load_data(config, flags.FLAGS.download)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     attack = LinfPGDAttack.from_config(model, config, training=False)

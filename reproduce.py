@@ -18,7 +18,17 @@ import os
 
 from absl import flags
 
-from config import config_from_flags, load_config, store_config
+from config import (begin, config_from_flags, define_download_flag, load_config,
+                    store_config)
+from running.program import run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    define_download_flag()
+    flags.DEFINE_string('stored', None, 'Folder with config.json and cells/, as results/ has them: '
+                        'makes tables and plots from these alone, in that folder.')
+    begin(__doc__, takes_words=True)
+
+import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import eval_examples, load_data
@@ -30,7 +40,6 @@ from paper.tables import TABLES, check_clean_samples, section, trainings_of
 from paper.trainings import train_if_missing
 from running import UserError
 from running.files import replacing
-from running.program import run
 from running.unfinished import data_digest
 
 
@@ -86,7 +95,7 @@ def train_and_load(tables, trainings, config, folder):
     """
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
-    data = load_data(config)
+    data = load_data(config, flags.FLAGS.download)
     check(tables, config, data)
 
     # In processes of their own, before this one takes a GPU for the evaluation
@@ -117,6 +126,4 @@ def check(tables, config, data):
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('stored', None, 'Folder with config.json and cells/, as results/ has them: '
-                        'makes tables and plots from these alone, in that folder.')
     run(main, (*TABLES, 'all'))

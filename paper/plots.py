@@ -9,6 +9,7 @@ from paper.published import (ADV_ONLY, INFERENCE_RATIOS, INFERENCES, MODES, NORM
                              PAPER_RATIOS, PAPER_TABLES, Training)
 from paper.trainings import name_of
 from running import UserError
+from running.files import replacing
 
 COLOURS = ('tab:blue', 'tab:orange', 'tab:red')
 
@@ -31,7 +32,8 @@ def make_pyplot():
 def save(figure, folder, name):
     """Writes a figure to folder/NAME.png and closes it; returns the path."""
     path = os.path.join(folder, f'{name}.png')
-    figure.savefig(path, dpi=150, bbox_inches='tight')
+    with replacing(path, 'wb') as f:
+        figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
     make_pyplot().close(figure)
     return path
 

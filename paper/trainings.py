@@ -36,6 +36,8 @@ def config_of(training, config):
     size, ratio = config['training_batch_size'], training.ratio or config['shaping_ratio']
     of_training = {**config, 'adversary': training.adversary, 'training_mode': training.mode,
                    'model_dir': os.path.join(config['model_dir'], name_of(training, config))}
+    if training.adversary == 'pgd':
+        of_training['trades_beta'] = 0.  # of trades alone
     if training.mode.startswith('shaping'):
         if size <= ratio:
             raise UserError(f'training_batch_size must be at least {ratio + 1} for a ratio of '
@@ -66,7 +68,7 @@ def train_if_missing(name, of_training, config, options=()):
         raise UserError(f'max_num_training_steps must be at least {done}, the steps that '
                         f'{model_dir} holds, got {steps}; or choose another model_dir')
     if done == steps:
-        train.check_same_run(of_training, os.path.join(model_dir, 'config.json'))
+        train.check_same_run(of_training, os.path.join(model_dir, 'config.json'), newest)
         return
     arguments = [*options]
     for key in SCHEMA:

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from absl import flags  # noqa: E402
 import numpy as np  # noqa: E402
 
-from config import config_from_flags, define_model_flags  # noqa: E402
+from config import choice, config_from_flags, define_model_flags  # noqa: E402
 from running import UserError  # noqa: E402
 from running.program import run  # noqa: E402
 import tensorflow as tf  # noqa: E402
@@ -27,7 +27,7 @@ import tensorflow as tf  # noqa: E402
 from attacks import make_attack, num_examples  # noqa: E402
 from attacks.minimum_norm import CLEVERHANS_CW, CLEVERHANS_DEEPFOOL  # noqa: E402
 from cifar10_input import eval_examples, load_data  # noqa: E402
-from eval import choice, wilson_interval  # noqa: E402
+from eval import wilson_interval  # noqa: E402
 from model import build_model, find_checkpoint  # noqa: E402
 from pgd_attack import perturbation_fault  # noqa: E402
 
@@ -119,7 +119,7 @@ def main():
     if 'apgd' in names and not flags.FLAGS.autoattack:
         raise UserError('--autoattack is missing; expected the folder of a clone of '
                         'fra31/auto-attack, or an --attack without apgd')
-    data = load_data(config)
+    data = load_data(config, flags.FLAGS.download)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import pytest
 
 from attacks import ATTACKS, check_names
-from config import (PARTS, SCHEMA, load_config, may_change, parse_setting, relevant,
-                    store_config)
+from config import (PARTS, SCHEMA, epsilon_doubt, load_config, may_change, parse_setting,
+                    relevant, store_config)
 from running import UserError
 from running.untrusted import read_json
 from conftest import fuzz
@@ -275,6 +275,39 @@ def test_training_that_shapes_nothing_takes_any_batch_size():
         assert config['training_batch_size'] == 63
 
 
+@pytest.mark.parametrize('adversary, beta, fits', [
+    ('pgd', 6, False), ('pgd', 0, True), ('trades', 6, True), ('trades', 0, True)])
+def test_trades_beta_that_would_be_ignored_is_refused(adversary, beta, fits):
+    settings = [f'adversary={adversary}', f'trades_beta={beta}']
+    if fits:
+        assert load_config(settings=settings)['trades_beta'] == beta
+    else:
+        assert refusal(settings=settings).startswith('trades_beta is 6 and adversary pgd, ')
+
+
+@pytest.mark.parametrize('size, ratio, eval_size, fits', [
+    (100, 0, 99, False), (100, 0, 100, True), (1000, 9, 99, False), (1000, 9, 100, True)])
+def test_a_shaped_batch_that_no_evaluation_batch_fills_is_refused(size, ratio, eval_size, fits):
+    settings = [f'shaping_batch_size={size}', f'inference_shaping_ratio={ratio}',
+                f'eval_batch_size={eval_size}']
+    if fits:
+        assert load_config(settings=settings)['eval_batch_size'] == eval_size
+    else:
+        assert '100 test samples in a batch; expected at most eval_batch_size, 99' in refusal(
+            settings=settings)
+
+
+@pytest.mark.parametrize('epsilon, meant', [
+    (0, None), (1, None), (8, None), (0.031, '8'), (0.03137254, '8'), (0.3, '76'), (0.5, '128'),
+    (0.002, '0.51')])
+def test_an_epsilon_of_the_other_scale_is_told_with_the_pixels_meant(epsilon, meant):
+    doubt = epsilon_doubt(float(epsilon))
+    assert (doubt is None) == (meant is None)
+    if meant:
+        assert doubt.startswith(f'epsilon is {epsilon:g}, in pixels of [0, 255]: ')
+        assert doubt.endswith(f', set epsilon={meant}') and '\n' not in doubt
+
+
 # ---- overrides
 
 
@@ -309,9 +342,9 @@ def test_set_takes_json_and_text_where_the_key_wants_text(setting, value):
 
 
 def test_text_for_a_key_that_wants_a_number_is_refused_by_name():
-    assert refusal(settings=['num_steps=ten']).startswith('num_steps must be an integer, ')
-    assert refusal(settings=['num_steps=']).startswith('num_steps must be an integer, ')
-    assert refusal(settings=['model_dir=']).startswith('model_dir must be the path of a folder, ')
+    assert refusal(settings=['num_steps=ten']).startswith('num_steps must be an integer')
+    assert refusal(settings=['num_steps=']).endswith(', got ""')
+    assert refusal(settings=['model_dir=']) == 'model_dir must be the path of a folder, got ""'
 
 
 def test_set_without_an_equals_sign_is_told_the_form():
@@ -433,6 +466,7 @@ COMMANDS = {
     'missing file': ['--config', 'missing.json'],
     'unknown key': ['--set', 'nonsense=1'],
     'stray word': ['extra'],
+    'other scale': ['--set', 'epsilon=0.031', '--set', 'data_path=nowhere'],
 }
 
 
@@ -465,3 +499,10 @@ def test_train_ends_with_one_line_on_a_mistake(runs, name, said):
     assert last.startswith(f'train.py: {said}')
     assert not any(line.startswith('train.py:') for line in others)
     assert stdout == ''
+
+
+def test_an_epsilon_of_the_other_scale_is_told_once(runs):
+    _, stderr, _ = runs['other scale']
+    told = [line for line in stderr.splitlines() if 'epsilon' in line]
+    assert told == ['train.py: warning: epsilon is 0.031, in pixels of [0, 255]: less than one '
+                    'pixel; if 0.031 of [0, 1] is meant, set epsilon=8']

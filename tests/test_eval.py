@@ -7,7 +7,8 @@ from attacks import make_attack
 from pgd_attack import perturbation_fault
 from attacks import ATTACKS
 from running import UserError
-from eval import choice, evaluate, wilson_interval
+from config import choice
+from eval import evaluate, wilson_interval
 from paper.intervals import paired_difference
 from shaping import INFERENCE_MODES
 
