@@ -282,8 +282,8 @@ def make_train_step(model, optimizer, config):
 
     def update(x_adv, x_nat, labels):
         with tf.GradientTape() as tape:
-            logits_nat = model(x_nat) if beta else None
-            logits = model(x_adv)
+            logits_nat = model(x_nat, update_population_norms=True) if beta else None
+            logits = model(x_adv, update_population_norms=True)
             xent = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             loss = tf.reduce_mean(xent) + config['weight_decay'] * model.weight_decay_loss()
             loss /= replicas
@@ -334,7 +334,7 @@ def make_report(model, config):
     get_batch, perturb = make_adversary(model, config, update_population_norms=False)
 
     def accuracy(x_nat, labels):
-        logits = model(x_nat, update_population_norms=False)
+        logits = model(x_nat)
         return {'accuracy': tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == labels, tf.float32))}
 
     @tf.function
