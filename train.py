@@ -8,6 +8,7 @@ ends as if it had never been stopped: all randomness is derived from the seeds a
 and the log and the TensorBoard curves are cut back to that checkpoint. Ctrl-C and SIGTERM let it
 finish the step and save; it then exits with status 75.
 """
+import contextlib
 from datetime import datetime
 import json
 import os
@@ -28,15 +29,18 @@ from model import build_model, checkpoints, find_checkpoint
 from pgd_attack import LinfPGDAttack
 from running import UserError
 from running.devices import (LOST, check_agreement, check_shares, divide_cpu, is_chief,
-                             make_strategy, make_sum, num_workers, shares)
-from running.outputs import PROFILE_STEPS, Curves, Log, Pace, Profile, Saver
+                             make_strategy, make_sum, num_workers, shares, uses_tensor_float_32)
+from running.outputs import PROFILE_STEPS, Curves, Log, Pace, Profile, RunningMeans, Saver
 from running.program import STOPPED, run
-from running.resume import (forget_steps, reason, remove_unfinished, stop_on_signals, take_lock,
-                            tell)
+from running.resume import (Stopped, forget_steps, noted_signals, reason, remove_unfinished,
+                            stop_on_signals, take_lock, tell)
 from shaping import masked, tail_mask
 from trades import TradesAttack, kl_divergence
 
 NUM_REPLICAS = 'num_replicas'  # in the checkpoints of several
+# What is reported as a mean over the steps since the last report, where a training has it
+AVERAGED = ('loss', 'xent', 'accuracy', 'xent_clean', 'accuracy_clean', 'xent_adv', 'accuracy_adv',
+            'kl')
 
 
 def main():
@@ -45,7 +49,9 @@ def main():
     divide_cpu(flags.FLAGS.logical_cpus)
     strategy = make_strategy(config)
     try:
-        train(config, strategy, flags.FLAGS.profile)
+        train(config, strategy, flags.FLAGS.profile, as_program=True)
+    except Stopped:
+        sys.exit(STOPPED)
     except LOST as error:
         if num_workers(strategy) == 1:
             raise
@@ -55,12 +61,27 @@ def main():
         sys.exit(STOPPED)
 
 
-def train(config, strategy, profile=False):
+def train(config, strategy=None, profile=False, as_program=False):
     """Trains until max_num_training_steps, or until a signal; see the program's docstring.
 
     Args:
-        strategy: what devices.make_strategy returns. profile: write a TensorBoard profile.
+        config: what load_config returns. strategy: what devices.make_strategy returns; None: made
+            here. profile: write a TensorBoard profile. as_program: signals are ours until the
+            process ends, and a second one ends it at once.
+
+    Returns:
+        the prefix of the last checkpoint.
+
+    Raises:
+        Stopped, a KeyboardInterrupt: Ctrl-C or SIGTERM. The step was finished and saved.
+        UserError, OSError: a mistake in the configuration, a full disk, ...
     """
+    with contextlib.ExitStack() as at_end:  # lets go of the lock and the signals, come what may
+        return run_training(config, strategy or make_strategy(config), profile, as_program, at_end)
+
+
+def run_training(config, strategy, profile, as_program, at_end):
+    """Does train's work; at_end is an ExitStack, closed after it."""
     # Seeds and parameters
     keras.utils.set_random_seed(config['tf_random_seed'])
     batch_size, num_steps = config['training_batch_size'], config['max_num_training_steps']
@@ -80,7 +101,8 @@ def train(config, strategy, profile=False):
     natural_accuracy, attacked_images = make_report(model, config)
 
     # The newest intact checkpoint, if there is one
-    _lock = take_lock(os.path.join(model_dir, 'lock')) if chief else None
+    if chief:
+        at_end.enter_context(take_lock(os.path.join(model_dir, 'lock')))
     start, newest = resume(config, model, optimizer, strategy)
 
     # The TensorBoard, log and checkpoint outputs
@@ -88,12 +110,16 @@ def train(config, strategy, profile=False):
     if chief:
         prepare(model_dir, config, start)
     log, curves = Log(model_dir, chief), Curves(model_dir, chief)
-    saver = make_saver(config, model, optimizer, start, newest, chief)
+    means = RunningMeans(AVERAGED, ('output', 'summary'), newest)
+    saver = make_saver(config, model, optimizer, means, start, newest, chief)
 
     # Main training loop
-    asked, pace = stop_on_signals(), Pace(batch_size)
-    bar = tqdm(total=num_steps, initial=start, unit='step',
-               disable=not (chief and sys.stderr.isatty()))
+    asked = stop_on_signals() if as_program else at_end.enter_context(noted_signals())
+    pace = Pace(batch_size, start, num_steps)
+    bar = at_end.enter_context(tqdm(total=num_steps, initial=start, unit='step',
+                                    disable=not (chief and sys.stderr.isatty())))
+    if chief and start < num_steps:
+        tell('\n'.join(describe_start(config, strategy.num_replicas_in_sync)))
     for ii in range(start, num_steps):
         profiler.begin(ii)
         x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
@@ -101,40 +127,45 @@ def train(config, strategy, profile=False):
 
         # What the step itself does not tell: natural accuracy and the attacked images
         output, summary = (ii % config[f'num_{kind}_steps'] == 0 for kind in ('output', 'summary'))
-        nat_acc = float(natural_accuracy(*batch)) if output or summary else None
+        last = ii + 1 == num_steps
+        nat_acc = float(natural_accuracy(*batch)) if output or summary or last else None
         x_batch_adv = attacked_images(*batch) if summary else None
 
         # Attack and training step
-        with pace.timed(ii, counted=ii > start):
+        with pace.timed(ii):
             metrics = {name: float(value) for name, value in train_step(*batch).items()}
         bar.update()
         saver.check_finite(ii, 'the loss', [metrics['loss']])
+        means.add(metrics)
         stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
 
         # TensorBoard summaries and the log, before the checkpoint: so a kill loses none of them
-        report = []
-        if output:
-            report, line = describe(ii, nat_acc, metrics, pace.tell(num_steps - 1 - ii))
+        report = pace.foretell(ii)
+        if output or last:  # the last step's report is one more: the next one counts as without it
+            told = means.tell('output', metrics, anew=output)
+            lines, line = describe(ii, nat_acc, *told, pace.tell(num_steps - 1 - ii))
+            report += lines
             log.append(line)
         if summary:
             with curves.writing():
-                write_summaries(metrics, nat_acc, x_batch_adv, config, ii)
+                write_summaries(*means.tell('summary', metrics), nat_acc, x_batch_adv, config, ii)
         report += profiler.end(ii, stop)
 
         # Write a checkpoint
-        if (ii + 1) % config['num_checkpoint_steps'] == 0 or ii + 1 == num_steps or stop:
+        if (ii + 1) % config['num_checkpoint_steps'] == 0 or last or stop:
             saver.save(ii + 1)
 
         # Output to stdout
         if report and chief:
             tell('\n'.join(report))
-        if stop and ii + 1 < num_steps:
+        if stop and not last:
             bar.close()
             tell(f'Stopped after {ii + 1} steps, which are saved; the same command resumes')
-            sys.exit(STOPPED)
+            raise Stopped(f'after {ii + 1} steps, which are saved in {model_dir}')
     bar.close()
     if chief:
         tell(f'{max(start, num_steps)} steps done: {saver.last_good}')
+    return saver.last_good
 
 
 # ---- the optimizer
@@ -350,36 +381,58 @@ def make_report(model, config):
     return natural_accuracy, attacked_images
 
 
-def describe(step, nat_acc, metrics, speed):
-    """Returns lines for stdout and a dict for the log that tell of one step; speed: Pace.tell's."""
+def describe_start(config, num_replicas):
+    """Returns lines for stdout that tell what is about to run."""
+    share = config['training_batch_size'] // num_replicas
+    lines = [f'Training on {num_replicas} replica{"s" if num_replicas > 1 else ""}, {share} samples'
+             f' of a batch on each; the first step also builds the graph']
+    if config['precision'] == 'float32' and uses_tensor_float_32():
+        lines.append('float32 on this GPU: convolutions and matrix products in TensorFloat-32, '
+                     'their inputs rounded to 10 bits (docs/running.md)')
+    return lines
+
+
+def describe(step, nat_acc, metrics, steps, speed):
+    """Returns lines for stdout and a dict for the log that tell of one step.
+
+    Args:
+        nat_acc: natural accuracy of this step's batch. metrics, steps: RunningMeans.tell's, means
+            over so many steps but for the learning rate. speed: Pace.tell's.
+    """
+    mean = f'mean of {steps} step{"s" if steps > 1 else ""}'
     report = [f'Step {step}:    ({datetime.now()})',
-              f'    training nat accuracy {nat_acc * 100:.4}%']
+              f'    training nat accuracy {nat_acc * 100:.4}% (this batch)']
     if 'accuracy_adv' in metrics:
-        report.append(f'    training adv accuracy {metrics["accuracy_adv"] * 100:.4}%')
-    report.append(f'    loss {metrics["loss"]:.4f}, learning rate {metrics["learning_rate"]:.4g}')
-    line = {'step': step, 'accuracy_nat': nat_acc, **metrics}
+        report.append(f'    training adv accuracy {metrics["accuracy_adv"] * 100:.4}% ({mean})')
+    report.append(f'    loss {metrics["loss"]:.4f} ({mean}), '
+                  f'learning rate {metrics["learning_rate"]:.4g}')
+    line = {'step': step, 'accuracy_nat': nat_acc, 'mean_of_steps': steps, **metrics}
     if speed:
         line['examples_per_second'], left = speed
         report.append(f'    {speed[0]:.1f} examples per second, {left} left')
     return report, line
 
 
-def write_summaries(metrics, nat_acc, x_adv, config, step):
+def write_summaries(metrics, steps, nat_acc, x_adv, config, step):
     """Writes TensorBoard summaries; '... adv' are the original's tags.
 
     They tell of the attacked samples alone: what stays clean in the batch is under '... clean'.
+    metrics, steps: means over so many steps, but for the learning rate.
     """
+    def scalar(tag, value, what=f'mean over the steps since the last point, {steps} here'):
+        tf.summary.scalar(tag, value, step, what)
+
     tail = adversarial_tail(config, config['training_batch_size'] // len(x_adv))
     for tag in ('{}', '{} train'):  # twice, as in the original: to compare with eval, with runs
         for name in ('adv', 'clean'):
             if f'xent_{name}' in metrics:
-                tf.summary.scalar(tag.format(f'accuracy {name}'), metrics[f'accuracy_{name}'], step)
-                tf.summary.scalar(tag.format(f'xent {name}'), metrics[f'xent_{name}'], step)
-        tf.summary.scalar(tag.format('accuracy nat'), nat_acc, step)
+                scalar(tag.format(f'accuracy {name}'), metrics[f'accuracy_{name}'])
+                scalar(tag.format(f'xent {name}'), metrics[f'xent_{name}'])
+        scalar(tag.format('accuracy nat'), nat_acc, 'of one batch')
     for name in ('loss', 'kl'):
         if name in metrics:
-            tf.summary.scalar(name, metrics[name], step)
-    tf.summary.scalar('learning rate', metrics['learning_rate'], step)
+            scalar(name, metrics[name])
+    scalar('learning rate', metrics['learning_rate'], 'of this step')
     for name, part in (('adv', tail), ('clean', ~tail)):
         if part.any():
             tf.summary.image(f'images {name} train', x_adv.numpy()[part] / 255., step)
@@ -450,12 +503,12 @@ def prepare(model_dir, config, start):
     forget_steps(model_dir, start)
 
 
-def make_saver(config, model, optimizer, start, newest, chief):
-    """Returns the Saver of the model and the optimizer, with a checkpoint of the initial weights.
+def make_saver(config, model, optimizer, means, start, newest, chief):
+    """Returns the Saver of all that a resumed training needs; the initial weights are saved.
 
     Checkpoints after `start` are forgotten: they will be written again.
     """
-    variables = model.checkpoint_variables(optimizer)
+    variables = {**model.checkpoint_variables(optimizer), **means.variables}
     replicas = model.strategy.num_replicas_in_sync
     if replicas > 1:
         variables[NUM_REPLICAS] = tf.Variable(replicas)

@@ -157,12 +157,12 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path, small_model):
 
 
 LOAD = '''
-import sys
 import keras, numpy as np
 import model
 loaded = keras.models.load_model('saved.keras')
 x = np.load('x.npy')
-np.savez('logits.npz', bn=loaded(x), pn=loaded(x, training=False), predict=loaded.predict(x, verbose=0))
+np.savez('logits.npz', bn=loaded(x), pn=loaded(x, training=False),
+         predict=loaded.predict(x, verbose=0))
 '''
 
 
