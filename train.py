@@ -50,7 +50,8 @@ def main():
     strategy = make_strategy(config)
     try:
         train(config, strategy, flags.FLAGS.profile, as_program=True)
-    except Stopped:
+    except Stopped as stop:
+        tell(f'Stopped {stop}; the same command resumes')
         sys.exit(STOPPED)
     except LOST as error:
         if num_workers(strategy) == 1:
@@ -109,6 +110,7 @@ def run_training(config, strategy, profile, as_program, at_end):
     profiler = Profile(model_dir, start, num_steps, profile)
     if chief:
         prepare(model_dir, config, start)
+        tell_start(config, strategy.num_replicas_in_sync, start)
     log, curves = Log(model_dir, chief), Curves(model_dir, chief)
     means = RunningMeans(AVERAGED, ('output', 'summary'), newest)
     saver = make_saver(config, model, optimizer, means, start, newest, chief)
@@ -118,8 +120,6 @@ def run_training(config, strategy, profile, as_program, at_end):
     pace = Pace(batch_size, start, num_steps)
     bar = at_end.enter_context(tqdm(total=num_steps, initial=start, unit='step',
                                     disable=not (chief and sys.stderr.isatty())))
-    if chief and start < num_steps:
-        tell('\n'.join(describe_start(config, strategy.num_replicas_in_sync)))
     for ii in range(start, num_steps):
         profiler.begin(ii)
         x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
@@ -142,8 +142,7 @@ def run_training(config, strategy, profile, as_program, at_end):
         # TensorBoard summaries and the log, before the checkpoint: so a kill loses none of them
         report = pace.foretell(ii)
         if output or last:  # the last step's report is one more: the next one counts as without it
-            told = means.tell('output', metrics, anew=output)
-            lines, line = describe(ii, nat_acc, *told, pace.tell(num_steps - 1 - ii))
+            lines, line = describe(ii, nat_acc, *means.tell('output', metrics, output), pace.tell(ii))
             report += lines
             log.append(line)
         if summary:
@@ -159,10 +158,7 @@ def run_training(config, strategy, profile, as_program, at_end):
         if report and chief:
             tell('\n'.join(report))
         if stop and not last:
-            bar.close()
-            tell(f'Stopped after {ii + 1} steps, which are saved; the same command resumes')
             raise Stopped(f'after {ii + 1} steps, which are saved in {model_dir}')
-    bar.close()
     if chief:
         tell(f'{max(start, num_steps)} steps done: {saver.last_good}')
     return saver.last_good
@@ -381,15 +377,16 @@ def make_report(model, config):
     return natural_accuracy, attacked_images
 
 
-def describe_start(config, num_replicas):
-    """Returns lines for stdout that tell what is about to run."""
+def tell_start(config, num_replicas, start):
+    """Prints what is about to run from step `start` on."""
+    if start >= config['max_num_training_steps']:
+        return
     share = config['training_batch_size'] // num_replicas
-    lines = [f'Training on {num_replicas} replica{"s" if num_replicas > 1 else ""}, {share} samples'
-             f' of a batch on each; the first step also builds the graph']
+    tell(f'Training on {num_replicas} replica{"s" if num_replicas > 1 else ""}, {share} samples of '
+         'a batch on each; the first step also builds the graph')
     if config['precision'] == 'float32' and uses_tensor_float_32():
-        lines.append('float32 on this GPU: convolutions and matrix products in TensorFloat-32, '
-                     'their inputs rounded to 10 bits (docs/running.md)')
-    return lines
+        tell('float32 on this GPU: convolutions and matrix products in TensorFloat-32, their '
+             'inputs rounded to 10 bits (docs/running.md)')
 
 
 def describe(step, nat_acc, metrics, steps, speed):

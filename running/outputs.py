@@ -16,6 +16,18 @@ PROFILE_STEPS = 10
 TIMED_STEPS = 3  # after the first, until the whole time is estimated
 
 
+@contextlib.contextmanager
+def without_notices():
+    """Keeps TensorFlow from saying in the block that its Saver is deprecated, at length."""
+    logger = tf.get_logger()
+    before = logger.level
+    logger.setLevel('ERROR')
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 class Saver:
     """Writes a training's checkpoints, the last three kept, and knows the last good one.
 
@@ -29,9 +41,10 @@ class Saver:
         self.model_dir, self.variables, self.last_good = model_dir, variables, last_good
         self._saver = None
         if chief:  # relative paths: model_dir may be moved
-            self._saver = tf.compat.v1.train.Saver(variables, max_to_keep=3,
-                                                   save_relative_paths=True)
-            self._saver.recover_last_checkpoints(kept)
+            with without_notices():
+                self._saver = tf.compat.v1.train.Saver(variables, max_to_keep=3,
+                                                       save_relative_paths=True)
+                self._saver.recover_last_checkpoints(kept)
 
     def save(self, step):
         """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
@@ -39,8 +52,9 @@ class Saver:
         if self._saver is None:
             return
         try:
-            self.last_good = self._saver.save(None, os.path.join(self.model_dir, 'checkpoint'),
-                                              step, write_meta_graph=False)
+            with without_notices():
+                self.last_good = self._saver.save(None, os.path.join(self.model_dir, 'checkpoint'),
+                                                  step, write_meta_graph=False)
         except tf.errors.OpError as error:
             remove_unfinished(self.model_dir)
             raise UserError(f'no checkpoint could be written in {self.model_dir}: {reason(error)}; '
@@ -196,13 +210,14 @@ class Pace:
         return [f'{steps:,} {"more " if self.start else ""}steps: {duration(steps * seconds)} on '
                 'this machine']
 
-    def tell(self, steps_left):
+    def tell(self, step):
         """Returns (examples a second, time left), and starts anew; None where no step was timed."""
         if not self.steps:
             return None
         seconds = self.seconds / self.steps
         self.seconds, self.steps = 0., 0
-        return self.batch_size / seconds, timedelta(seconds=round(seconds * steps_left))
+        return self.batch_size / seconds, timedelta(
+            seconds=round(seconds * (self.end - 1 - step)))
 
 
 def duration(seconds):
