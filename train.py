@@ -118,9 +118,8 @@ def run_training(config, strategy, profile, as_program, at_end):
     # Main training loop
     asked = stop_on_signals() if as_program else at_end.enter_context(noted_signals())
     pace = Pace(batch_size, start, num_steps)
-    bar = at_end.enter_context(tqdm(total=num_steps, initial=start, unit='step',
-                                    disable=not (chief and sys.stderr.isatty())))
-    for ii in range(start, num_steps):
+    for ii in tqdm(range(start, num_steps), total=num_steps, initial=start, unit='step',
+                   disable=not (chief and sys.stderr.isatty())):
         profiler.begin(ii)
         x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
         batch = tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64)
@@ -134,15 +133,15 @@ def run_training(config, strategy, profile, as_program, at_end):
         # Attack and training step
         with pace.timed(ii):
             metrics = {name: float(value) for name, value in train_step(*batch).items()}
-        bar.update()
         saver.check_finite(ii, 'the loss', [metrics['loss']])
         means.add(metrics)
         stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
 
         # TensorBoard summaries and the log, before the checkpoint: so a kill loses none of them
         report = pace.foretell(ii)
-        if output or last:  # the last step's report is one more: the next one counts as without it
-            lines, line = describe(ii, nat_acc, *means.tell('output', metrics, output), pace.tell(ii))
+        if output or last:  # after an extra report, the last one's, the means go on
+            lines, line = describe(ii, nat_acc, *means.tell('output', metrics, anew=output),
+                                   pace.tell(ii))
             report += lines
             log.append(line)
         if summary:
