@@ -109,7 +109,7 @@ def make_original_step(model_class, config, num_classes, rng):
     model = model_class(config['num_residual_units'], config['width_factor'], num_classes)
     optimizer = make_optimizer(config)
     optimizer.build(model.trainable_variables)
-    attack = LinfPGDAttack.from_config(model, config)
+    attack = LinfPGDAttack.from_config(model, config, update_population_norms=True)
     epsilon, step_size = config['epsilon'], config['step_size']
     batch = [tf.TensorSpec([None, IMAGE_SIZE, IMAGE_SIZE, 3], tf.float32),
              tf.TensorSpec([None], tf.int64)]
@@ -130,7 +130,8 @@ def make_original_step(model_class, config, num_classes, rng):
     @tf.function(input_signature=batch)
     def update(x, y):
         with tf.GradientTape() as tape:
-            xent = tf.nn.sparse_softmax_cross_entropy_with_logits(y, model(x))
+            logits = model(x, update_population_norms=True)
+            xent = tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
             loss = tf.reduce_mean(xent) + config['weight_decay'] * model.weight_decay_loss()
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         return loss

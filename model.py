@@ -29,10 +29,11 @@ class Norms(NamedTuple):
     """What one forward pass normalizes by; Model.call says what each of these means."""
     training: bool = True
     num_groups: int = 1
-    update_population_norms: bool = True
+    update_population_norms: bool = False
     norms_from: int | None = None
 
 
+@keras.saving.register_keras_serializable('norm_shaping')
 class Model(keras.Model):
     """Pre-activation wide ResNet, w32-10 by default (45.9 million weights).
 
@@ -59,6 +60,8 @@ class Model(keras.Model):
                                    ('batch_norms', batch_norms, BATCH_NORMS)):
             if value not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
+        self.arguments = dict(num_residual_units=num_residual_units, width_factor=width_factor,
+                              num_classes=num_classes, precision=precision, batch_norms=batch_norms)
         self.strategy = tf.distribute.get_strategy()
         self.synchronized = batch_norms == 'synchronized'
         self.num_residual_units = num_residual_units
@@ -157,7 +160,7 @@ class Model(keras.Model):
 
     # ---- beyond the original's file: calls, variables, checkpoints
 
-    def call(self, images, training=True, num_groups=1, update_population_norms=True,
+    def call(self, images, training=True, num_groups=1, update_population_norms=False,
              norms_from=None):
         """Computes the logits of a batch.
 
@@ -167,9 +170,9 @@ class Model(keras.Model):
             num_groups: with BN, normalizes each of this many equal, consecutive groups of the batch
                 by its own statistics. b must be a multiple of it.
             update_population_norms: with BN, moves the moving averages towards this batch, as every
-                forward pass of the original's training does. False where a model is only judged:
-                an evaluation with BN must not change what PN will answer. They never move with
-                num_groups > 1, where there is no one batch to move towards.
+                forward pass of the original's training does. Only a training asks for it: a model
+                that is used or judged with BN must not change what PN will answer. They never move
+                with num_groups > 1, where there is no one batch to move towards.
             norms_from: with BN, normalizes the whole batch by the statistics of this many first
                 samples: how the others look to the batch norms of these. The moving averages are
                 left alone.
@@ -216,6 +219,20 @@ class Model(keras.Model):
                 aggregation='mean')
             setattr(self, '_' + name.replace('/', '_'), self._by_name[name])
         return self._by_name[name]
+
+    def get_config(self):
+        """Returns the constructor's arguments: with them Keras loads what Model.save wrote."""
+        return dict(self.arguments)
+
+    def get_build_config(self):
+        return None  # the constructor makes all variables
+
+    def export(self, *_, **__):
+        """Raises UserError. As Keras has it, the exported model would normalize by its batch."""
+        raise UserError(
+            'Model.export would serve batch norms: each answer would depend on the other images; '
+            "expected model.save('x.keras'), or keras.export.ExportArchive with an endpoint that "
+            'calls model(images, training=False)')
 
     @property
     def variables_by_name(self):

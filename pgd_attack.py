@@ -35,21 +35,21 @@ class LinfPGDAttack:
 
     Args:
         model: called as model(images, training=...) -> logits, and with
-            update_population_norms=False where that is asked for.
+            update_population_norms=True where that is asked for.
         epsilon: radius of the L-infinity ball around the natural image, in pixels of [0, 255].
         num_steps, step_size: number of steps, and the length of each in pixels.
         random_start: start uniformly within the ball rather than at the natural image.
         loss_func: 'xent', or 'cw' (the original's margin loss, -relu(correct - best other + 50)).
         training: normalize by the batch (True, the default) or by the population norms.
         update_population_norms: with batch norms, let every step move the moving averages, as the
-            original's training does. An attack on a model that is only judged must say False.
+            original's training does. Only a training asks for it.
 
     Raises:
         ValueError: an unknown loss_func. (The original falls back to 'xent'.)
     """
 
     def __init__(self, model, epsilon, num_steps, step_size, random_start, loss_func, training=True,
-                 update_population_norms=True):
+                 update_population_norms=False):
         if loss_func not in LOSS_FUNCS:
             raise ValueError(f'loss_func must be one of {LOSS_FUNCS}, got {loss_func!r}')
         self.model = model
@@ -59,8 +59,8 @@ class LinfPGDAttack:
         self.rand = random_start
         self.loss_func = loss_func
         self.norms = {'training': training}
-        if not update_population_norms:
-            self.norms['update_population_norms'] = False
+        if update_population_norms:
+            self.norms['update_population_norms'] = True
         self.strategy = getattr(model, 'strategy', None) or tf.distribute.get_strategy()
         self._graph = tf.function(self._perturb)
 

@@ -8,6 +8,7 @@ ends as if it had never been stopped: all randomness is derived from the seeds a
 and the log and the TensorBoard curves are cut back to that checkpoint. Ctrl-C and SIGTERM let it
 finish the step and save; it then exits with status 75.
 """
+import contextlib
 from datetime import datetime
 import json
 import os
@@ -40,10 +41,10 @@ from model import build_model, checkpoints, find_checkpoint
 from pgd_attack import LinfPGDAttack
 from running import UserError, brief
 from running.devices import (LOST, check_agreement, check_shares, divide_cpu, is_chief,
-                             make_strategy, make_sum, num_workers, shares)
-from running.outputs import Curves, Log, Pace, Profile, Saver
-from running.resume import (forget_steps, reason, remove_unfinished, stop_on_signals, take_lock,
-                            tell)
+                             make_strategy, make_sum, num_workers, shares, uses_tensor_float_32)
+from running.outputs import Curves, Log, Pace, Profile, RunningMeans, Saver
+from running.resume import (Stopped, forget_steps, noted_signals, reason, remove_unfinished,
+                            stop_on_signals, take_lock, tell)
 from running.unfinished import data_digest
 from running.untrusted import MAX_JSON_BYTES, parse_json
 from shaping import masked, tail_mask
@@ -53,6 +54,9 @@ from trades import TradesAttack, kl_divergence
 NUM_REPLICAS = 'num_replicas'     # where there are several
 TRAINING = 'training_config'      # see make_origin
 IMAGES = 'images_sha256'
+# What is reported as a mean over the steps since the last report, where a training has it
+AVERAGED = ('loss', 'xent', 'accuracy', 'xent_clean', 'accuracy_clean', 'xent_adv', 'accuracy_adv',
+            'kl')
 
 
 def main():
@@ -61,7 +65,10 @@ def main():
     divide_cpu(flags.FLAGS.logical_cpus)
     strategy = make_strategy(config)
     try:
-        train(config, strategy, flags.FLAGS.profile, flags.FLAGS.download)
+        train(config, strategy, flags.FLAGS.profile, flags.FLAGS.download, as_program=True)
+    except Stopped as stop:
+        tell(f'Stopped {stop}; the same command resumes')
+        sys.exit(STOPPED)
     except LOST as error:
         if num_workers(strategy) == 1:
             raise
@@ -71,24 +78,42 @@ def main():
         sys.exit(STOPPED)
 
 
-def train(config, strategy, profile=False, download=False):
+def train(config, strategy=None, profile=False, download=False, as_program=False):
     """Trains until max_num_training_steps, or until a signal; see the program's docstring.
 
     Args:
-        strategy: of make_strategy. profile: write a TensorBoard profile. download: of load_data.
+        config: what load_config returns. strategy: what devices.make_strategy returns; None: made
+            here. profile: write a TensorBoard profile. download: as load_data takes it.
+        as_program: signals are ours until the process ends, and a second one ends it at once.
+
+    Returns:
+        the prefix of the last checkpoint.
+
+    Raises:
+        Stopped, a KeyboardInterrupt: Ctrl-C or SIGTERM. The step was finished and saved.
+        UserError, OSError: a mistake in the configuration, a full disk, ...
     """
+    with contextlib.ExitStack() as at_end:  # lets go of the lock and the signals, come what may
+        return run_training(config, strategy or make_strategy(config), profile, download,
+                            as_program, at_end)
+
+
+def run_training(config, strategy, profile, download, as_program, at_end):
+    """Does train's work; at_end is an ExitStack, closed after it."""
     # Seeds and parameters
     keras.utils.set_random_seed(config['tf_random_seed'])
     batch_size, num_steps = config['training_batch_size'], config['max_num_training_steps']
     model_dir, chief = config['model_dir'], is_chief(strategy)
     sum_over_replicas = make_sum(strategy)
 
-    # The data, the model and the optimizer
+    # The data and the model
     check_shares(config, strategy.num_replicas_in_sync)
     data = load_data(config, download)
     check_later_use(data, config)
     with strategy.scope():
         model = build_model(config, data.num_classes)
+
+        # The optimizer
         optimizer = make_optimizer(config)
 
         # The adversary, in one graph with the weight update
@@ -96,61 +121,67 @@ def train(config, strategy, profile=False, download=False):
     natural_accuracy, attacked_images = make_report(model, config)
 
     # The newest intact checkpoint, if there is one
-    _lock = take_lock(os.path.join(model_dir, 'lock')) if chief else None
+    if chief:
+        at_end.enter_context(take_lock(os.path.join(model_dir, 'lock')))
     start, newest, origin = resume(config, data, model, optimizer, strategy)
 
     # The TensorBoard, log and checkpoint outputs
     profiler = Profile(model_dir, start, num_steps, profile)
     if chief:
         prepare(model_dir, config, start)
+        tell_start(config, strategy.num_replicas_in_sync, start)
     log, curves = Log(model_dir, chief), Curves(model_dir, chief)
-    saver = make_saver(config, model, optimizer, start, newest, chief, origin)
+    means = RunningMeans(AVERAGED, ('output', 'summary'), newest)
+    saver = make_saver(config, model, optimizer, means, start, newest, chief, origin)
 
     # Main training loop
-    asked, pace = stop_on_signals(), Pace(batch_size)
-    bar = tqdm(total=num_steps, initial=start, unit='step',
-               disable=not (chief and sys.stderr.isatty()))
-    for ii in range(start, num_steps):
+    asked = stop_on_signals() if as_program else at_end.enter_context(noted_signals())
+    pace = Pace(batch_size, start, num_steps)
+    for ii in tqdm(range(start, num_steps), total=num_steps, initial=start, unit='step',
+                   disable=not (chief and sys.stderr.isatty())):
+        # A training batch
         profiler.begin(ii)
         x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
         batch = tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64)
 
         # What the step itself does not tell: natural accuracy and the attacked images
         output, summary = (ii % config[f'num_{kind}_steps'] == 0 for kind in ('output', 'summary'))
-        nat_acc = float(natural_accuracy(*batch)) if output or summary else None
+        last = ii + 1 == num_steps
+        nat_acc = float(natural_accuracy(*batch)) if output or summary or last else None
         x_batch_adv = attacked_images(*batch) if summary else None
 
         # Attack and training step
-        with pace.timed(ii, counted=ii > start):
+        with pace.timed(ii):
             metrics = {name: float(value) for name, value in train_step(*batch).items()}
-        bar.update()
         saver.check_finite(ii, 'the loss', [metrics['loss']])
+        means.add(metrics)
         stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
 
-        # TensorBoard summaries and the log, before the checkpoint: so a kill loses none of them
-        report = []
-        if output:
-            report, line = describe(ii, nat_acc, metrics, pace.tell(num_steps - 1 - ii))
+        # Output to stdout, and to the log: before the checkpoint, so that a kill loses none of it
+        report = pace.foretell(ii) + profiler.end(ii, stop)
+        if output or last:  # after an extra report, the last one's, the means go on
+            lines, line = describe(ii, nat_acc, *means.tell('output', metrics, anew=output),
+                                   pace.tell(ii))
+            report += lines
             log.append(line)
-        if summary:
-            with curves.writing():
-                write_summaries(metrics, nat_acc, x_batch_adv, config, ii)
-        report += profiler.end(ii, stop)
-
-        # Write a checkpoint
-        if (ii + 1) % config['num_checkpoint_steps'] == 0 or ii + 1 == num_steps or stop:
-            saver.save(ii + 1)
-
-        # Output to stdout
         if report and chief:
             tell('\n'.join(report))
-        if stop and ii + 1 < num_steps:
-            bar.close()
-            tell(f'Stopped after {ii + 1} steps, which are saved; the same command resumes')
-            sys.exit(STOPPED)
-    bar.close()
+
+        # TensorBoard summaries
+        if summary:
+            with curves.writing():
+                write_summaries(*means.tell('summary', metrics), nat_acc, x_batch_adv, config, ii)
+
+        # Write a checkpoint
+        if (ii + 1) % config['num_checkpoint_steps'] == 0 or last or stop:
+            saver.save(ii + 1)
+
+        # Stop where a signal asked for it
+        if stop and not last:
+            raise Stopped(f'after {ii + 1} steps, which are saved in {model_dir}')
     if chief:
         tell(f'{max(start, num_steps)} steps done: {saver.last_good}')
+    return saver.last_good
 
 
 # ---- the optimizer
@@ -298,8 +329,8 @@ def make_train_step(model, optimizer, config):
 
     def update(x_adv, x_nat, labels):
         with tf.GradientTape() as tape:
-            logits_nat = model(x_nat) if beta else None
-            logits = model(x_adv)
+            logits_nat = model(x_nat, update_population_norms=True) if beta else None
+            logits = model(x_adv, update_population_norms=True)
             xent = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
             loss = tf.reduce_mean(xent) + config['weight_decay'] * model.weight_decay_loss()
             loss /= replicas
@@ -350,7 +381,7 @@ def make_report(model, config):
     get_batch, perturb = make_adversary(model, config, update_population_norms=False)
 
     def accuracy(x_nat, labels):
-        logits = model(x_nat, update_population_norms=False)
+        logits = model(x_nat)
         return {'accuracy': tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == labels, tf.float32))}
 
     @tf.function
@@ -366,36 +397,59 @@ def make_report(model, config):
     return natural_accuracy, attacked_images
 
 
-def describe(step, nat_acc, metrics, speed):
-    """Returns lines for stdout and a dict for the log that tell of one step; speed: Pace.tell's."""
+def tell_start(config, num_replicas, start):
+    """Prints what is about to run from step `start` on."""
+    if start >= config['max_num_training_steps']:
+        return
+    share = config['training_batch_size'] // num_replicas
+    tell(f'Training on {num_replicas} replica{"s" if num_replicas > 1 else ""}, {share} samples of '
+         'a batch on each; the first step also builds the graph')
+    if config['precision'] == 'float32' and uses_tensor_float_32():
+        tell('float32 on this GPU: convolutions and matrix products in TensorFloat-32, their '
+             'inputs rounded to 10 bits (docs/running.md)')
+
+
+def describe(step, nat_acc, metrics, steps, speed):
+    """Returns lines for stdout and a dict for the log that tell of one step.
+
+    Args:
+        nat_acc: natural accuracy of this step's batch. metrics, steps: RunningMeans.tell's, means
+            over so many steps but for the learning rate. speed: Pace.tell's.
+    """
+    mean = f'mean of {steps} step{"s" if steps > 1 else ""}'
     report = [f'Step {step}:    ({datetime.now()})',
-              f'    training nat accuracy {nat_acc * 100:.4}%']
+              f'    training nat accuracy {nat_acc * 100:.4}% (this batch)']
     if 'accuracy_adv' in metrics:
-        report.append(f'    training adv accuracy {metrics["accuracy_adv"] * 100:.4}%')
-    report.append(f'    loss {metrics["loss"]:.4f}, learning rate {metrics["learning_rate"]:.4g}')
-    line = {'step': step, 'accuracy_nat': nat_acc, **metrics}
+        report.append(f'    training adv accuracy {metrics["accuracy_adv"] * 100:.4}% ({mean})')
+    report.append(f'    loss {metrics["loss"]:.4f} ({mean}), '
+                  f'learning rate {metrics["learning_rate"]:.4g}')
+    line = {'step': step, 'accuracy_nat': nat_acc, 'mean_of_steps': steps, **metrics}
     if speed:
         line['examples_per_second'], left = speed
         report.append(f'    {speed[0]:.1f} examples per second, {left} left')
     return report, line
 
 
-def write_summaries(metrics, nat_acc, x_adv, config, step):
+def write_summaries(metrics, steps, nat_acc, x_adv, config, step):
     """Writes TensorBoard summaries; '... adv' are the original's tags.
 
     They tell of the attacked samples alone: what stays clean in the batch is under '... clean'.
+    metrics, steps: means over so many steps, but for the learning rate.
     """
+    def scalar(tag, value, what=f'mean over the steps since the last point, {steps} here'):
+        tf.summary.scalar(tag, value, step, what)
+
     tail = adversarial_tail(config, config['training_batch_size'] // len(x_adv))
     for tag in ('{}', '{} train'):  # twice, as in the original: to compare with eval, with runs
         for name in ('adv', 'clean'):
             if f'xent_{name}' in metrics:
-                tf.summary.scalar(tag.format(f'accuracy {name}'), metrics[f'accuracy_{name}'], step)
-                tf.summary.scalar(tag.format(f'xent {name}'), metrics[f'xent_{name}'], step)
-        tf.summary.scalar(tag.format('accuracy nat'), nat_acc, step)
+                scalar(tag.format(f'accuracy {name}'), metrics[f'accuracy_{name}'])
+                scalar(tag.format(f'xent {name}'), metrics[f'xent_{name}'])
+        scalar(tag.format('accuracy nat'), nat_acc, 'of one batch')
     for name in ('loss', 'kl'):
         if name in metrics:
-            tf.summary.scalar(name, metrics[name], step)
-    tf.summary.scalar('learning rate', metrics['learning_rate'], step)
+            scalar(name, metrics[name])
+    scalar('learning rate', metrics['learning_rate'], 'of this step')
     for name, part in (('adv', tail), ('clean', ~tail)):
         if part.any():
             tf.summary.image(f'images {name} train', x_adv.numpy()[part] / 255., step)
@@ -534,12 +588,12 @@ def prepare(model_dir, config, start):
     forget_steps(model_dir, start)
 
 
-def make_saver(config, model, optimizer, start, newest, chief, origin):
-    """Returns the Saver of the model and the optimizer, with a checkpoint of the initial weights.
+def make_saver(config, model, optimizer, means, start, newest, chief, origin):
+    """Returns the Saver of all that a resumed training needs; the initial weights are saved.
 
     Checkpoints after `start` are forgotten: they will be written again.
     """
-    variables = model.checkpoint_variables(optimizer)
+    variables = {**model.checkpoint_variables(optimizer), **means.variables}
     with tf.device('CPU'):
         variables |= {name: tf.Variable(value) for name, value in origin.items()}
     replicas = model.strategy.num_replicas_in_sync

@@ -44,7 +44,7 @@ def set_population_norms(model, data, config, rule):
         if rule != 'clean images':
             x = attacked(tf.constant(x), tf.constant(labels), tf.constant(step, tf.int64))
         if rule in ('again', 'updates'):
-            model(tf.cast(x, tf.float32))
+            model(tf.cast(x, tf.float32), update_population_norms=True)
         else:
             total += one_batch(x)
     if rule not in ('again', 'updates'):
@@ -59,7 +59,7 @@ def batch_statistics(model):
     unbiased variances. f leaves the population norms as they were.
     """
     norms = population_norms(model)
-    forward = tf.function(lambda x: model(x))
+    forward = tf.function(lambda x: model(x, update_population_norms=True))
 
     def statistics(x):
         before = [v.numpy() for v in norms]

@@ -125,6 +125,16 @@ def check_agreement(strategy, value, mistake):
         raise UserError(mistake)
 
 
+def uses_tensor_float_32():
+    """Returns whether float32 convolutions and matrix products round their inputs to 10 bits.
+
+    TensorFlow lets GPUs do so from compute capability 8.0 (Ampere) on.
+    """
+    details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices('GPU'))
+    return (tf.config.experimental.tensor_float_32_execution_enabled()
+            and any(of_gpu.get('compute_capability', (0, 0)) >= (8, 0) for of_gpu in details))
+
+
 def divide_cpu(count):
     """Divides the CPU into `count` logical devices, before TensorFlow first uses it."""
     if not 1 <= count <= 64:

@@ -13,6 +13,19 @@ from running.files import naming, plain
 from running.resume import LOG, in_one_line, reason, refuse_full_disk, remove_unfinished
 
 PROFILE_STEPS = 10
+TIMED_STEPS = 3  # after the first, until the whole time is estimated
+
+
+@contextlib.contextmanager
+def without_notices():
+    """Keeps TensorFlow from saying in the block that its Saver is deprecated, at length."""
+    logger = tf.get_logger()
+    before = logger.level
+    logger.setLevel('ERROR')
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class Saver:
@@ -28,9 +41,10 @@ class Saver:
         self.model_dir, self.variables, self.last_good = model_dir, variables, last_good
         self._saver = None
         if chief:  # relative paths: model_dir may be moved
-            self._saver = tf.compat.v1.train.Saver(variables, max_to_keep=3,
-                                                   save_relative_paths=True)
-            self._saver.recover_last_checkpoints(kept)
+            with without_notices():
+                self._saver = tf.compat.v1.train.Saver(variables, max_to_keep=3,
+                                                       save_relative_paths=True)
+                self._saver.recover_last_checkpoints(kept)
 
     def save(self, step):
         """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
@@ -38,8 +52,9 @@ class Saver:
         if self._saver is None:
             return
         try:
-            self.last_good = self._saver.save(None, os.path.join(self.model_dir, 'checkpoint'),
-                                              step, write_meta_graph=False)
+            with without_notices():
+                self.last_good = self._saver.save(None, os.path.join(self.model_dir, 'checkpoint'),
+                                                  step, write_meta_graph=False)
         except tf.errors.OpError as error:
             remove_unfinished(self.model_dir)
             raise UserError(f'no checkpoint could be written in {self.model_dir}: {reason(error)}; '
@@ -120,26 +135,94 @@ class Profile:
                 f'{self.model_dir}']
 
 
-class Pace:
-    """How many examples are trained a second, since it was last told."""
+class RunningMeans:
+    """Means of what training steps return, over the steps since each kind of report.
 
-    def __init__(self, batch_size):
-        self.batch_size, self.seconds, self.steps = batch_size, 0., 0
+    Their sums are in the checkpoints: a training that resumes reports what it would have reported
+    had it never been stopped, bit for bit.
+
+    Args:
+        names: what is averaged. kinds: of reports. prefix: the checkpoint to go on from, or None.
+    """
+
+    def __init__(self, names, kinds, prefix=None):
+        self.names = names
+        self.variables = {f'running_means/{kind}': tf.Variable(
+            np.zeros(1 + len(names)), dtype=tf.float64) for kind in kinds}  # steps, then sums
+        reader = tf.train.load_checkpoint(prefix) if prefix else None
+        for name, variable in self.variables.items():
+            if reader and reader.has_tensor(name):  # not in those of earlier versions
+                sums = np.asarray(reader.get_tensor(name))
+                if sums.dtype == np.float64 and sums.shape == variable.shape:
+                    variable.assign(sums)
+
+    def add(self, metrics):
+        """Counts a step in, {name: float}; it may lack some of the names."""
+        step = np.array([1.] + [metrics.get(name, 0.) for name in self.names])
+        for variable in self.variables.values():
+            variable.assign_add(step)
+
+    def tell(self, kind, metrics, anew=True):
+        """Returns metrics with the means in place of a step's own, and over how many steps.
+
+        Args:
+            metrics: those of the last step added. anew: start anew.
+        """
+        variable = self.variables[f'running_means/{kind}']
+        steps, *sums = variable.numpy().tolist()
+        if anew:
+            variable.assign(tf.zeros_like(variable))
+        means = {name: total / steps for name, total in zip(self.names, sums) if name in metrics}
+        return {**metrics, **means}, int(steps)
+
+
+class Pace:
+    """How long training steps take: examples a second since it was last told, and the whole time.
+
+    Args:
+        batch_size: examples in a step. start, end: the steps that are to be done.
+    """
+
+    def __init__(self, batch_size, start, end):
+        self.batch_size, self.start, self.end = batch_size, start, end
+        self.seconds, self.steps, self.first = 0., 0, []
 
     @contextlib.contextmanager
-    def timed(self, step, counted=True):
-        """Times the block, a training step; one that also traces the graph is not counted."""
+    def timed(self, step):
+        """Times the block, a training step; the first, which also traces the graph, apart."""
         begin = timer()
         with tf.profiler.experimental.Trace('train', step_num=step, _r=1):
             yield
-        if counted:
-            self.seconds += timer() - begin
+        seconds = timer() - begin
+        if step > self.start:
+            self.seconds += seconds
             self.steps += 1
+        if len(self.first) <= TIMED_STEPS:
+            self.first.append(seconds)
 
-    def tell(self, steps_left):
+    def foretell(self, step):
+        """Returns lines, after the first step and as soon as the whole time can be estimated."""
+        if step == self.start:
+            return [f'First step done in {duration(self.first[0])}, graph building included']
+        if step != self.start + TIMED_STEPS:
+            return []
+        steps, seconds = self.end - self.start, float(np.median(self.first[1:]))
+        return [f'{steps:,} {"more " if self.start else ""}steps: {duration(steps * seconds)} on '
+                'this machine']
+
+    def tell(self, step):
         """Returns (examples a second, time left), and starts anew; None where no step was timed."""
         if not self.steps:
             return None
         seconds = self.seconds / self.steps
         self.seconds, self.steps = 0., 0
-        return self.batch_size / seconds, timedelta(seconds=round(seconds * steps_left))
+        return self.batch_size / seconds, timedelta(
+            seconds=round(seconds * (self.end - 1 - step)))
+
+
+def duration(seconds):
+    """Returns seconds in words, in the unit that suits, with two digits or more."""
+    units = (('s', 1, 90), ('minutes', 60, 90), ('hours', 3600, 48), ('days', 86400, np.inf))
+    unit, size = next((unit, size) for unit, size, most in units if seconds < most * size)
+    number = seconds / size
+    return f'{number:.1f} {unit}' if number < 9.95 else f'{number:,.0f} {unit}'

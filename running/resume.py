@@ -121,6 +121,10 @@ def remove_unfinished(model_dir):
 # ---- other processes, and signals
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal stopped a training, which saved its last step: the same call resumes it."""
+
+
 def take_lock(path):
     """Returns an open file, in a folder that is made, that no other process can have meanwhile.
 
@@ -142,9 +146,35 @@ def take_lock(path):
     return f
 
 
+@contextlib.contextmanager
+def noted_signals():
+    """Yields a list that Ctrl-C or SIGTERM adds to; a second one raises KeyboardInterrupt.
+
+    For a notebook: nothing ends its process, and its own handlers are back at the end. Signals are
+    the main thread's: in another one the list stays empty.
+    """
+    asked, handlers = [], {}
+
+    def note(*_):
+        if asked and timer() - asked[0] > PATIENCE:
+            raise KeyboardInterrupt
+        asked.append(timer())
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    handlers[number] = signal.signal(number, note)
+        yield asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
 def stop_on_signals():
     """Returns a list that Ctrl-C or SIGTERM adds to; a second one ends the process at once.
 
+    For a program, until its end.
     Soon after the first, it is the same one: some schedulers tell a whole tree of processes, and
     each of these tells its children. A thread listens, as the main one may be in a step for
     minutes, where Python hears no signals.

@@ -1,11 +1,15 @@
-"""The network: agreement with the original, its norms, its checkpoints."""
+"""The network: agreement with the original, its norms, its checkpoints; Keras's ways to save."""
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from running import UserError
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, ROOT
 from model import BN_EPSILON, Model, batch_norm_by_group, damage
 import train
 
@@ -24,7 +28,7 @@ def test_logits_agree_with_the_original(madry_model, golden):
 
 
 def test_moving_averages_after_one_forward_pass_agree_with_the_original(madry_model, golden):
-    madry_model(golden['images'], training=True)
+    madry_model(golden['images'], training=True, update_population_norms=True)
     for name in ('mean', 'variance'):
         ours = madry_model.variables_by_name[f'unit_last/BatchNorm/moving_{name}']
         theirs = golden[f'moving_{name}_after_one_forward__unit_last']
@@ -36,9 +40,10 @@ def test_weight_decay_loss_agrees_with_the_original(madry_model, golden):
         float(golden['weight_decay_loss']), rel=1e-6)
 
 
-@pytest.mark.parametrize('arguments', [dict(training=False), dict(update_population_norms=False),
-                                       dict(num_groups=4)])
-def test_judging_leaves_the_model_as_it_was(small_model, batch, arguments):
+@pytest.mark.parametrize('arguments', [
+    {}, dict(training=True), dict(training=False), dict(norms_from=8, update_population_norms=True),
+    dict(num_groups=4, update_population_norms=True)])
+def test_a_call_leaves_the_model_as_it_was_unless_the_training_asks(small_model, batch, arguments):
     before = values(small_model)
     small_model(batch[0], **arguments)
     after = values(small_model)
@@ -220,3 +225,50 @@ def test_an_error_that_says_nothing_is_told_by_its_kind(small_model, monkeypatch
 def test_a_mistyped_argument_is_refused(key):
     with pytest.raises(ValueError, match=f"^{key} must be one of .*, got 'synchronised'$"):
         Model(1, 1, **{key: 'synchronised'})
+LOAD = '''
+import keras, numpy as np
+import model
+loaded = keras.models.load_model('saved.keras')
+x = np.load('x.npy')
+np.savez('logits.npz', bn=loaded(x), pn=loaded(x, training=False),
+         predict=loaded.predict(x, verbose=0))
+'''
+
+
+@pytest.mark.parametrize('settings', [
+    dict(num_residual_units=1, width_factor=2, num_classes=3),
+    dict(num_residual_units=2, width_factor=1, precision='mixed_bfloat16',
+         batch_norms='synchronized')])
+def test_a_saved_keras_model_answers_the_same_in_a_fresh_process(tmp_path, batch, settings):
+    model, x = Model(**settings), batch[0].astype(np.float32)
+    for _ in range(3):
+        model(x, update_population_norms=True)
+    np.save(tmp_path / 'x.npy', x)
+    model.save(tmp_path / 'saved.keras')
+    subprocess.run([sys.executable, '-c', LOAD], cwd=tmp_path, check=True, timeout=300,
+                   env={**os.environ, 'PYTHONPATH': ROOT})
+    with np.load(tmp_path / 'logits.npz') as z:
+        np.testing.assert_array_equal(z['bn'], model(x))
+        np.testing.assert_array_equal(z['pn'], model(x, training=False))
+        np.testing.assert_allclose(z['predict'], z['pn'], atol=1e-4)
+    again = keras.models.load_model(tmp_path / 'saved.keras')
+    assert again.get_config() == {**dict(num_classes=10, precision='float32',
+                                         batch_norms='per_replica'), **settings}
+    ours, theirs = values(again), values(model)
+    assert list(ours) == list(theirs) and all((ours[n] == theirs[n]).all() for n in ours)
+
+
+def test_export_is_refused_and_what_its_message_names_serves_population_norms(
+        small_model, batch, tmp_path):
+    x = batch[0].astype(np.float32)
+    small_model(x, update_population_norms=True)
+    with pytest.raises(UserError, match='ExportArchive.*training=False') as error:
+        small_model.export(tmp_path / 'served')
+    assert '\n' not in str(error.value) and not os.path.exists(tmp_path / 'served')
+    archive = keras.export.ExportArchive()
+    archive.track(small_model)
+    archive.add_endpoint('serve', lambda images: small_model(images, training=False),
+                         [tf.TensorSpec([None, 32, 32, 3], tf.float32)])
+    archive.write_out(str(tmp_path / 'served'))
+    served = tf.saved_model.load(str(tmp_path / 'served'))
+    np.testing.assert_allclose(served.serve(x), small_model(x, training=False), atol=1e-5)

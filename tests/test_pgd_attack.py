@@ -68,15 +68,15 @@ def test_the_clean_head_takes_part_in_the_batch_norms(small_model, batch):
     assert (a != b).mean() > 0.01
 
 
-def test_attack_steps_move_the_moving_averages_unless_told_not_to(small_model, batch):
+def test_attack_steps_move_the_moving_averages_only_where_the_training_asks(small_model, batch):
     def moved(**arguments):
         before = small_model.variables_by_name['unit_last/BatchNorm/moving_mean'].numpy().copy()
         LinfPGDAttack(small_model, 8, 1, 2, False, 'xent', **arguments).perturb(*batch, seed=0)
         return (small_model.variables_by_name['unit_last/BatchNorm/moving_mean'].numpy()
                 != before).any()
-    assert moved()
-    assert not moved(update_population_norms=False)
-    assert not moved(training=False)
+    assert not moved()
+    assert not moved(training=False, update_population_norms=True)
+    assert moved(update_population_norms=True)
 
 
 def test_cw_loss_is_the_originals_margin(small_model):

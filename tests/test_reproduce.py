@@ -377,11 +377,11 @@ def test_norms_from_is_how_a_sample_looks_to_another_batchs_norms(small_model, b
                                atol=1e-4)
     before = [v.numpy().copy() for v in small_model.variables]
     for _ in range(150):  # 0.9 ** 150: the moving averages become the batch's own, to 1e-7
-        small_model(x)
+        small_model(x, update_population_norms=True)
     # Moving variances are unbiased: m / (m - 1) of the batch's, 64 pixels or more a sample
     np.testing.assert_allclose(joint[16:], small_model(other, training=False), atol=0.02)
     small_model.set_weights(before)
-    small_model(x, norms_from=8)
+    small_model(x, norms_from=8, update_population_norms=True)
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
 
 

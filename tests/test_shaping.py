@@ -13,7 +13,7 @@ class SpyModel:
     def __init__(self, model):
         self.model, self.seen = model, []
 
-    def __call__(self, images, training=True, num_groups=1, update_population_norms=True):
+    def __call__(self, images, training=True, num_groups=1, update_population_norms=False):
         assert not update_population_norms
         self.seen.append((np.asarray(images), training, num_groups))
         return self.model(images, training=training, num_groups=num_groups,

@@ -112,7 +112,7 @@ def main():
 
     # One forward pass per replica, beside each share alone on one device
     def forward(x):
-        logits = model(x)
+        logits = model(x, update_population_norms=True)
         model.average_population_norms()
         return logits
     name = 'unit_3_0/sub2/BatchNorm/moving_mean'
@@ -122,7 +122,8 @@ def main():
     alone = []
     for share in found['share/x_nat']:
         model, *_ = make(one, config)
-        alone.append((model(share).numpy(), model.variables_by_name[name].numpy()))
+        logits = model(share, update_population_norms=True)
+        alone.append((logits.numpy(), model.variables_by_name[name].numpy()))
     found['norms/logits/1'], means = (np.stack(values) for values in zip(*alone))
     found['norms/moving_mean/1'] = means.mean(axis=0)
     np.savez(sys.argv[1], **found)
