@@ -107,29 +107,24 @@ def run_training(config, strategy, profile, download, as_program, at_end):
     sum_over_replicas = make_sum(strategy)
 
     # The data and the model
-    check_shares(config, strategy.num_replicas_in_sync)
     data = load_data(config, download)
-    check_later_use(data, config)
+    check_later_use(data, config, strategy)
     with strategy.scope():
         model = build_model(config, data.num_classes)
-
         # The optimizer
         optimizer = make_optimizer(config)
-
         # The adversary, in one graph with the weight update
         train_step = make_train_step(model, optimizer, config)
     natural_accuracy, attacked_images = make_report(model, config)
 
     # The newest intact checkpoint, if there is one
-    if chief:
-        at_end.enter_context(take_lock(os.path.join(model_dir, 'lock')))
+    at_end.enter_context(take_lock(f'{model_dir}/lock') if chief else contextlib.nullcontext())
     start, newest, origin = resume(config, data, model, optimizer, strategy)
 
     # The TensorBoard, log and checkpoint outputs
     profiler = Profile(model_dir, start, num_steps, profile)
     if chief:
-        prepare(model_dir, config, start)
-        tell_start(config, strategy.num_replicas_in_sync, start)
+        prepare(config, start, strategy.num_replicas_in_sync)
     log, curves = Log(model_dir, chief), Curves(model_dir, chief)
     means = RunningMeans(AVERAGED, ('output', 'summary'), newest)
     saver = make_saver(config, model, optimizer, means, start, newest, chief, origin)
@@ -458,8 +453,9 @@ def write_summaries(metrics, steps, nat_acc, x_adv, config, step):
 # ---- resuming, and what must agree
 
 
-def check_later_use(data, config):
+def check_later_use(data, config, strategy):
     """Raises UserError for what would fail later: fail now, not after the training."""
+    check_shares(config, strategy.num_replicas_in_sync)
     data.train_data.get_batch(0, config['training_batch_size'])
     eval_examples(data, config)
     check_names(config)
@@ -581,8 +577,10 @@ def check_workers(config, start, strategy, origin):
                     'expected the same, but for model_dir and data_path')
 
 
-def prepare(model_dir, config, start):
+def prepare(config, start, num_replicas):
     """Makes model_dir ready to train on from step `start`: what a killed run left there goes."""
+    model_dir = config['model_dir']
+    tell_start(config, num_replicas, start)
     store_config(config, os.path.join(model_dir, 'config.json'))  # kept with the model
     remove_unfinished(model_dir)
     forget_steps(model_dir, start)
