@@ -442,33 +442,39 @@ def find_checkpoint(config, checkpoint=None):
         UserError: there is none, none that is intact, or it was trained with another network or
             other classes.
     """
-    folder, where = config['model_dir'], f'model_dir {config["model_dir"]}'
-    if checkpoint:
-        prefix = re.sub(r'\.(index|meta|data-\d{5}-of-\d{5})$', '', str(checkpoint))
-        if os.path.isfile(f'{prefix}.index'):
-            return trained_alike(config, prefix)
-        folder, name = os.path.split(prefix)
-        if os.path.isdir(prefix):
-            folder = prefix
-        elif name != 'checkpoint' and os.path.isfile(prefix):  # TensorFlow's old format: one file
-            return trained_alike(config, prefix)
-        elif name != 'checkpoint':
-            here = ', '.join(map(os.path.basename, checkpoints(folder or '.')[:3]))
-            raise UserError(f'--checkpoint {checkpoint}: there is no {prefix}.index; expected a '
-                            'prefix such as models/secret/checkpoint-70000'
-                            + (f'; {folder or "this folder"} holds {here}' if here else ''))
-        where = f'--checkpoint {checkpoint}'
-    prefix = newest_intact(folder or '.')
-    if prefix:
-        return trained_alike(config, prefix)
-    if checkpoints(folder or '.'):
-        raise UserError(f'{where} holds checkpoints, but none that is intact; expected another '
-                        'folder')
-    raise UserError(f'{where} holds no checkpoint; train.py writes them there')
+    prefix, folder = given_checkpoint(checkpoint) if checkpoint else (None, config['model_dir'])
+    if prefix is None:
+        where = f'--checkpoint {checkpoint}' if checkpoint else f'model_dir {folder}'
+        prefix = newest_intact(folder)
+        if prefix is None and checkpoints(folder):
+            raise UserError(f'{where} holds checkpoints, but none that is intact; expected another '
+                            'folder')
+        if prefix is None:
+            raise UserError(f'{where} holds no checkpoint; train.py writes them there')
+    check_trained_alike(config, prefix)
+    return prefix
 
 
-def trained_alike(config, prefix):
-    """Returns prefix. Raises UserError where config.json beside it is of another kind of model."""
+def given_checkpoint(checkpoint):
+    """Returns (prefix, None) where a checkpoint's prefix or file is given, (None, folder) else."""
+    prefix = re.sub(r'\.(index|meta|data-\d{5}-of-\d{5})$', '', str(checkpoint))
+    folder, name = os.path.split(prefix)
+    if os.path.isfile(f'{prefix}.index'):
+        return prefix, None
+    if os.path.isdir(prefix):
+        return None, prefix
+    if name == 'checkpoint':  # the list of checkpoints that TensorFlow keeps beside them
+        return None, folder or '.'
+    if os.path.isfile(prefix):  # TensorFlow's old format: one file
+        return prefix, None
+    here = ', '.join(map(os.path.basename, checkpoints(folder or '.')[:3]))
+    raise UserError(f'--checkpoint {checkpoint}: there is no {prefix}.index; expected a prefix '
+                    'such as models/secret/checkpoint-70000'
+                    + (f'; {folder or "this folder"} holds {here}' if here else ''))
+
+
+def check_trained_alike(config, prefix):
+    """Raises UserError where config.json beside a checkpoint describes another kind of model."""
     folder = os.path.dirname(prefix)
     path = os.path.join(folder, 'config.json')
     stored = read_json(path) if os.path.isfile(path) else {}
@@ -477,7 +483,6 @@ def trained_alike(config, prefix):
             raise UserError(f'{prefix} was trained with {key} {brief(json.dumps(stored[key]))}, '
                             f'got {json.dumps(config[key])}; expected --model_dir {folder or "."}, '
                             'which takes the configuration stored there')
-    return prefix
 
 
 def synchronized_batch_norm(x, gamma, beta):
