@@ -149,12 +149,13 @@ class RunningMeans:
         self.names = names
         self.variables = {f'running_means/{kind}': tf.Variable(
             np.zeros(1 + len(names)), dtype=tf.float64) for kind in kinds}  # steps, then sums
-        reader = tf.train.load_checkpoint(prefix) if prefix else None
-        for name, variable in self.variables.items():
-            if reader and reader.has_tensor(name):  # not in those of earlier versions
-                sums = np.asarray(reader.get_tensor(name))
-                if sums.dtype == np.float64 and sums.shape == variable.shape:
-                    variable.assign(sums)
+        if prefix:
+            reader = tf.train.load_checkpoint(prefix)
+            types, shapes = (reader.get_variable_to_dtype_map(),
+                             reader.get_variable_to_shape_map())
+            for name, variable in self.variables.items():  # earlier versions had none
+                if types.get(name) == variable.dtype and shapes[name] == variable.shape:
+                    variable.assign(reader.get_tensor(name))
 
     def add(self, metrics):
         """Counts a step in, {name: float}; it may lack some of the names."""
