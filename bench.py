@@ -35,19 +35,24 @@ from timeit import default_timer as timer
 from absl import flags
 import numpy as np
 
-from config import config_from_flags
+from config import begin, config_from_flags
+from running.program import run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    flags.DEFINE_integer('steps', 5, 'Training steps in a block, the unit that is timed.')
+    flags.DEFINE_integer('repeats', 5, 'Blocks; the median block is reported.')
+    flags.DEFINE_boolean('against', False, "Also time the original's way of working, block by "
+                         'block.')
+    begin(__doc__)
+
+import running.quiet  # noqa: F401
 import keras
 import tensorflow as tf
 
 from model import Model, build_model
 from pgd_attack import LinfPGDAttack
 from running import UserError
-from running.program import run
 from train import make_optimizer, make_train_step, use_xla
-
-flags.DEFINE_integer('steps', 5, 'Training steps in a block, the unit that is timed.')
-flags.DEFINE_integer('repeats', 5, 'Blocks; the median block is reported.')
-flags.DEFINE_boolean('against', False, "Also time the original's way of working, block by block.")
 
 IMAGE_SIZE = 32
 PAD = 2  # zeros on each side of an image before it is cropped; the original's cifar10_input.py

@@ -1,19 +1,23 @@
 """CIFAR-10, or the embedded synthetic set, held once in memory as uint8 (the original's file).
 
 The data set comes from a folder in the published pickle layout, or from TensorFlow Datasets, which
-downloads it where it is not there yet.
+downloads it into the default folder where it is not there yet.
 """
+import glob
 import os
 
 import numpy as np
 
+from config import load_config
 from running import UserError, brief
+from running.datasets import prepare
 from running.untrusted import Array, read_pickle
 import tensorflow as tf
 
 TRAIN_FILES = [f'data_batch_{i + 1}' for i in range(5)]
 EVAL_FILE = 'test_batch'
 META_FILE = 'batches.meta'
+ADDRESS = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'  # TensorFlow Datasets's own
 ARCHIVE_FOLDER = 'cifar-10-batches-py'  # what cifar-10-python.tar.gz unpacks to
 
 
@@ -130,8 +134,12 @@ class DataSubset:
         return self.xs[chosen], self.ys[chosen]
 
 
-def load_data(config):
+def load_data(config, download=False):
     """Returns the CIFAR10Data that a configuration asks for.
+
+    Args:
+        download: download CIFAR-10 into data_path where it is not there. The data_path of
+            config.json is downloaded into unasked; any other may be a typing error.
 
     Raises:
         UserError: files that are missing, cut short, mislabelled or hostile, with one line.
@@ -143,8 +151,12 @@ def load_data(config):
         if os.path.isdir(os.path.join(path, ARCHIVE_FOLDER)):
             path = os.path.join(path, ARCHIVE_FOLDER)
         files = [os.path.join(path, name) for name in (*TRAIN_FILES, EVAL_FILE, META_FILE)]
-        load = load_pickles if any(map(os.path.exists, files)) else load_tfds
-        train, test, names = load(path)
+        if any(map(os.path.exists, files)):
+            train, test, names = load_pickles(path)
+        else:
+            if not holds_tfds(path):
+                download_tfds(path, download or path == load_config()['data_path'])
+            train, test, names = load_tfds(path)
     return CIFAR10Data(train, test, names, config['classes'], config['np_random_seed'])
 
 
@@ -164,27 +176,46 @@ def eval_examples(data, config):
 # ---- TensorFlow Datasets
 
 
-def load_tfds(path):
-    """Returns train, test and label names of 'cifar10' in a TensorFlow Datasets directory.
+def holds_tfds(path):
+    """Returns whether 'cifar10' is in a TensorFlow Datasets directory, sound or not.
 
-    Where the directory does not hold it, TensorFlow Datasets downloads it (160 MB) into it.
+    An interrupted download leaves folders with other names.
     """
-    os.environ.setdefault('TFDS_DISABLE_TELEMETRY', '1')
-    import tensorflow_datasets as tfds
-    here = True
+    return bool(glob.glob(os.path.join(glob.escape(path), 'cifar10', '[0-9]*')))
+
+
+def download_tfds(path, allowed):
+    """Lets TensorFlow Datasets download 'cifar10' (160 MB) into a directory.
+
+    Raises:
+        UserError: it is not allowed to, or it cannot.
+    """
+    ways = (f'a folder with {TRAIN_FILES[0]}..5, {EVAL_FILE} and {META_FILE}, or a TensorFlow '
+            'Datasets directory with cifar10')
+    what = 'holds no CIFAR-10' if os.path.isdir(path) else 'is no folder'
+    if not allowed:
+        raise UserError(f'data_path {path} {what}; expected {ways}, or --download to download it '
+                        'there')
+    print(f'data_path {path} {what}: downloading 160 MB from {ADDRESS} with TensorFlow Datasets',
+          flush=True)
     try:
+        prepare('cifar10', path, ADDRESS)
+    except UserError as error:
+        raise UserError(f'CIFAR-10 cannot be downloaded into data_path {path}: {error}; expected '
+                        f'in data_path {ways}') from None
+
+
+def load_tfds(path):
+    """Returns train, test and label names of 'cifar10' in a TensorFlow Datasets directory."""
+    os.environ.setdefault('TFDS_DISABLE_TELEMETRY', '1')
+    try:
+        import tensorflow_datasets as tfds
         builder = tfds.builder('cifar10', data_dir=path)
-        here = os.path.isdir(builder.data_dir)  # not yet, after a download that was interrupted
-        if not here:
-            print(f'{path} holds neither {TRAIN_FILES[0]} nor {builder.name}/{builder.version}: '
-                  'downloading with TensorFlow Datasets', flush=True)
-            builder.download_and_prepare()
         subsets = [tfds.as_numpy(builder.as_dataset(split, batch_size=-1))
                    for split in ('train', 'test')]
         names = list(builder.info.features['label'].names)
     except Exception as error:  # the package raises many kinds, with many lines
-        what = 'read' if here else 'download into'
-        raise UserError(f'TensorFlow Datasets cannot {what} data_path {path}: {brief(error)}; '
+        raise UserError(f'TensorFlow Datasets cannot read data_path {path}: {brief(error)}; '
                         f'a folder with {TRAIN_FILES[0]}..5, {EVAL_FILE} and {META_FILE} is read, '
                         'too') from None
     _check_names(path, names)

@@ -5,6 +5,7 @@ A configuration is a plain dict, as in the original. SCHEMA below is the one pla
 what it may hold, and what it is part of.
 """
 from collections.abc import Callable
+import difflib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from absl import flags
 
 from running import UserError
 from running.files import replacing
+from running.program import start
 from running.untrusted import parse_json, read_json
 
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
@@ -25,6 +27,7 @@ DISTRIBUTIONS = ('none', 'mirrored', 'multi_worker')
 BATCH_NORMS = ('per_replica', 'synchronized')
 PRECISIONS = ('float32', 'mixed_bfloat16')
 LOSS_FUNCS = ('xent', 'cw')
+INFERENCE_MODES = ('bn', 'pn', 'bn_shaping')
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')
@@ -159,6 +162,11 @@ def may_change(key):
     return SCHEMA[key].part not in ('training', 'devices')
 
 
+def of_training(config):
+    """Returns the keys of a configuration that may not change when its training is resumed."""
+    return {key: value for key, value in config.items() if not may_change(key)}
+
+
 def relevant(config, attack=None):
     """Returns the keys of a configuration that the accuracies under an attack depend on, a dict.
 
@@ -195,7 +203,10 @@ def check_config(config):
     """Raises UserError unless every key is known, present and holds a value that can work."""
     for key, value in config.items():
         if key not in SCHEMA:
-            raise UserError(f'unknown key {key[:200]!r}; the keys are {", ".join(SCHEMA)}')
+            near = difflib.get_close_matches(key[:200], SCHEMA, 1, 0.5)
+            raise UserError(f'unknown key {key[:200]!r}; '
+                            + (f'did you mean {near[0]}?' if near else
+                               'docs/configuration.md lists the keys'))
         if not SCHEMA[key].check(value):
             raise UserError(f'{key} must be {SCHEMA[key].expected}, got {_shown(value)}')
     for key in SCHEMA:
@@ -210,6 +221,16 @@ def check_config(config):
         except UserError as error:
             raise UserError(
                 f'{size} is {config[size]} and {ratio} {config[ratio]}: {error}') from None
+    if config['trades_beta'] > 0 and config['adversary'] != 'trades':
+        raise UserError(f'trades_beta is {config["trades_beta"]} and adversary '
+                        f'{config["adversary"]}, which does not use it; expected adversary trades, '
+                        'or trades_beta 0')
+    queries = config['shaping_batch_size'] // (config['inference_shaping_ratio'] + 1)
+    if queries > config['eval_batch_size']:
+        raise UserError(f'shaping_batch_size is {config["shaping_batch_size"]} and '
+                        f'inference_shaping_ratio {config["inference_shaping_ratio"]}: {queries} '
+                        'test samples in a batch; expected at most eval_batch_size, '
+                        f'{config["eval_batch_size"]}')
 
 
 def check_ratio(batch_size, ratio):
@@ -220,12 +241,13 @@ def check_ratio(batch_size, ratio):
                         f'of {ratio + 1}, such as {possible} or {possible + ratio + 1}')
 
 
-def load_config(path=None, settings=(), base=BASE):
+def load_config(path=None, settings=(), base=BASE, values=()):
     """Returns the effective configuration, checked: config.json, then the file, then the settings.
 
     Args:
         path: a configuration file, full or partial, or None.
         settings: 'key=value' strings.
+        values: a dict of keys, which override those of the file.
 
     Raises:
         UserError: a file that cannot be read, an unknown key, a value that cannot work.
@@ -233,6 +255,7 @@ def load_config(path=None, settings=(), base=BASE):
     config = read_json(base)
     if path is not None:
         config.update(read_json(path))
+    config.update(values)
     for setting in settings:
         key, value = parse_setting(setting)
         config[key] = value
@@ -244,12 +267,46 @@ def load_config(path=None, settings=(), base=BASE):
     return config
 
 
+def define_download_flag():
+    """Defines --download, of the programs that load the data."""
+    flags.DEFINE_boolean('download', False, 'Download CIFAR-10 (160 MB) into data_path where it is '
+                         "not there yet. config.json's own data_path needs no --download.")
+
+
 def define_model_flags():
     """Defines the flags of the programs that take a trained model."""
+    define_download_flag()
     flags.DEFINE_string('model_dir', None,
                         'Folder of a training; its own config.json is then used.')
     flags.DEFINE_string('checkpoint', None, 'Prefix of a checkpoint, of this project or of the '
                         "original's. Default: the newest in model_dir.")
+
+
+def begin(usage, takes_words=False, **choices):
+    """Reads the command line of a program that takes a configuration, and checks it.
+
+    To be called before TensorFlow is imported: a mistake is reported at once. See program.start.
+
+    Args:
+        choices: the names that a flag may hold, by flag; see choice.
+    """
+    def check():
+        for flag, known in choices.items():
+            choice(flag, flags.FLAGS[flag].value, known)
+        doubt = epsilon_doubt(config_from_flags()['epsilon'])
+        if doubt:
+            print(f'{os.path.basename(sys.argv[0])}: warning: {doubt}', file=sys.stderr, flush=True)
+
+    start(usage, check, SCHEMA, takes_words)
+
+
+def choice(flag, value, known):
+    """Returns the names in a comma-separated flag, 'all' being all of them, in the order known."""
+    names = [name.strip() for name in value.split(',')]
+    for name in names:
+        if name != 'all' and name not in known:
+            raise UserError(f'--{flag} is {name!r}; expected {", ".join(known)} or all')
+    return [name for name in known if name in names or 'all' in names]
 
 
 def config_from_flags():
@@ -258,13 +315,24 @@ def config_from_flags():
     --model_dir DIR, where a program has it, takes the configuration stored in DIR.
     """
     model_dir = flags.FLAGS.model_dir if 'model_dir' in flags.FLAGS else None
-    if model_dir is None:
-        return load_config(flags.FLAGS.config, flags.FLAGS.set)
-    if flags.FLAGS.config is not None:
-        raise UserError('--config and --model_dir each name a configuration; expected one of them, '
-                        'with --set for single keys')
-    stored = os.path.join(model_dir, 'config.json')
-    return load_config(stored, [*flags.FLAGS.set, f'model_dir={json.dumps(model_dir)}'])
+    path, settings = flags.FLAGS.config, flags.FLAGS.set
+    if model_dir is not None:
+        if path is not None:
+            raise UserError('--config and --model_dir each name a configuration; expected one of '
+                            'them, with --set for single keys')
+        path = os.path.join(model_dir, 'config.json')
+        settings = [*settings, f'model_dir={json.dumps(model_dir)}']
+    return load_config(path, settings)
+
+
+def epsilon_doubt(epsilon):
+    """Returns a line that asks whether epsilon is meant on the [0, 1] scale, or None."""
+    if epsilon == 0 or epsilon >= 1:
+        return None
+    pixels = 255 * epsilon
+    meant = f'{pixels:.0f}' if pixels >= 1 else f'{pixels:.2g}'
+    return (f'epsilon is {epsilon:g}, in pixels of [0, 255]: less than one pixel; if {epsilon:g} '
+            f'of [0, 1] is meant, set epsilon={meant}')
 
 
 def store_config(config, path):

@@ -4,127 +4,159 @@
     python eval.py --model_dir DIR --attack all         # with the configuration stored in DIR
     python eval.py --num_draws 10                       # bn_shaping under ten draws
     python eval.py --checkpoint models/secret/checkpoint-70000 --inference pn
-    python eval.py --watch                              # each new checkpoint as it comes
+    python eval.py --watch                              # each checkpoint of a training as it comes
+    python eval.py --pictures samples.png               # with pictures of the first test images
+    python eval.py --compare DIR1 DIR2                  # results that are there, side by side
 
-Prints a table and writes MODEL_DIR/eval/results.json, which holds this run's numbers alone, and
-TensorBoard summaries beside it. Stopped and started again with the same command, it resumes after
-the last finished batch; until results.json is written, such batches are kept in
-MODEL_DIR/eval/unfinished, which may be removed at any time.
+Prints a table and adds its rows to MODEL_DIR/eval/results.json (or --output PATH), where a row
+replaces its own former self only. TensorBoard summaries are written beside it. Stopped and started
+again with the same command, it resumes after the last finished batch; until the rows are written,
+such batches are kept in MODEL_DIR/eval/unfinished, which may be removed at any time.
 """
 from datetime import datetime
-import json
 import os
-import time
+import sys
 from timeit import default_timer as timer
+from typing import NamedTuple
 
 from absl import flags
 import numpy as np
 
-from config import config_from_flags, define_model_flags, relevant
+from attacks import ATTACKS, MINIMUM_NORM, check_names, make_attack, num_examples
+from config import (INFERENCE_MODES, SCHEMA, begin, choice, config_from_flags, define_model_flags,
+                    parse_setting, relevant)
+from running.program import ANY, run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    define_model_flags()
+    flags.DEFINE_string('inference', 'all',
+                        f'Comma-separated: {", ".join(INFERENCE_MODES)}, or all.')
+    flags.DEFINE_string('attack', 'clean,pgd', f'Comma-separated: {", ".join(ATTACKS)}, or all.')
+    flags.DEFINE_integer('num_draws', 1, 'Independent draws of clean samples under which '
+                         'bn_shaping classifies each example; the mean, the spread and the share '
+                         'right under all of them are reported.')
+    flags.DEFINE_boolean('watch', False, 'Evaluate each checkpoint of a training as it comes, '
+                         'until its last step.')
+    flags.DEFINE_string('output', None, 'File to which the results are added. Default: '
+                        'MODEL_DIR/eval/results.json. Nothing is then written in MODEL_DIR.')
+    flags.DEFINE_string('pictures', None, 'Draw the first test images in this .png file: clean, '
+                        'adversarial, their difference, and what each inference answers.')
+    flags.DEFINE_boolean('compare', False, 'Print the results in the folders or files that are '
+                         'named, side by side; evaluate nothing.')
+    begin(__doc__, takes_words=True, attack=ATTACKS, inference=INFERENCE_MODES)
+
+import running.quiet  # noqa: F401
 import tensorflow as tf
 
-from attacks import ATTACKS, MINIMUM_NORM, check_names, make_attack, num_examples
 from cifar10_input import eval_examples, load_data
-from model import build_model, checkpoints, find_checkpoint, newest_intact
+from model import build_model, checkpoints, damage, find_checkpoint
 from pgd_attack import perturbation_fault
+from report import Outputs, print_comparison, print_table
 from running import UserError
-from running.files import replacing
-from running.program import run
-from running.unfinished import batches, checkpoint_digest, data_digest, path_of, remove
-from shaping import INFERENCE_MODES, make_inference, queries_of
+from running.arriving import arriving
+from running.unfinished import batches, checkpoint_digest, data_digest, path_of
+from running.untrusted import read_json
+from shaping import make_inference, queries_of
 
 WORST_CASE = 'worst case'
 WORST_IN_BALL = 'worst in ball'
+NUM_SAMPLES = 8  # the first examples of each attack, for pictures
 
 
-def main():
-    # What is evaluated
+class Request(NamedTuple):
+    """What is evaluated: keys of ATTACKS, names in INFERENCE_MODES, and draws of clean samples."""
+    attacks: list
+    modes: list
+    num_draws: int = 1
+
+
+class Removed(UserError):
+    """A checkpoint was removed, as a training removes old ones, before its weights were read."""
+
+
+def main(words):
+    if flags.FLAGS.compare:
+        return compare(words)
+    if words:
+        raise UserError(f'{words[0]!r} is not an option; eval.py --help lists them')
+
+    # Global constants
     config = config_from_flags()
-    attacks = choice('attack', flags.FLAGS.attack, ATTACKS)
-    modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
-    num_draws = flags.FLAGS.num_draws
-    if not 1 <= num_draws <= 1000:
-        raise UserError(f'--num_draws must be an integer, 1 to 1000, got {num_draws}')
-    if flags.FLAGS.watch and flags.FLAGS.checkpoint:
-        raise UserError('--watch waits for new checkpoints, --checkpoint names one; expected one '
-                        'of them')
-    check_names(config)
+    request = request_from_flags(config)
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
 
-    # The data and the model
-    data = load_data(config)
-    eval_examples(data, config)
-    model = build_model(config, data.num_classes)
+    # The outputs, and the checkpoint: what is wrong with them is told before any work
+    outputs = Outputs(config, flags.FLAGS.output, flags.FLAGS.pictures)
     if not flags.FLAGS.watch:
         checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
 
-    # The TensorBoard outputs
-    eval_dir = os.path.join(config['model_dir'], 'eval')
-    os.makedirs(eval_dir, exist_ok=True)
-    summary_writer = tf.summary.create_file_writer(eval_dir)
+    # The data and the model
+    data = load_data(config, flags.FLAGS.download)
+    eval_examples(data, config)
+    model = build_model(config, data.num_classes)
 
-    def evaluate_one(filename):
-        evaluate_checkpoint(filename, model, data, config, attacks, modes, num_draws,
-                            summary_writer, eval_dir)
+    # Evaluate the checkpoint, or each one as it comes (the original's infinite eval loop)
+    model_dir = config['model_dir']
+    for filename in (arriving(model_dir, checkpoints, damage, lambda: plan_of(model_dir))
+                     if flags.FLAGS.watch else [checkpoint]):
+        try:
+            evaluate_checkpoint(filename, model, data, config, request, outputs)
+        except Removed as error:
+            if not flags.FLAGS.watch:
+                raise
+            print(error, flush=True)
 
-    if flags.FLAGS.watch:
-        watch(config['model_dir'], evaluate_one)
-    else:
-        evaluate_one(checkpoint)
 
-
-def evaluate_checkpoint(filename, model, data, config, attacks, modes, num_draws, summary_writer,
-                        eval_dir):
-    """Evaluates a single checkpoint: prints its table, writes results.json and summaries."""
+# A function for evaluating a single checkpoint
+def evaluate_checkpoint(filename, model, data, config, request, outputs):
+    """Evaluates a single checkpoint: prints its table, writes its rows and summaries."""
     # Restore the checkpoint
-    step = model.load_madry_checkpoint(filename)
+    try:
+        filename = find_checkpoint(config, filename)
+        of_weights, of_data = checkpoint_digest(filename), data_digest(data)
+        step = model.load_madry_checkpoint(filename)
+    except (UserError, FileNotFoundError):
+        if os.path.exists(f'{filename}.index'):
+            raise
+        raise Removed(f'{filename} was removed before it could be evaluated') from None
     print(f'Checkpoint {filename}, step {step}   ({datetime.now()})', flush=True)
 
     # Attack and classify, batch by batch
-    kept = kept_files(os.path.join(eval_dir, 'unfinished'), filename, data_digest(data), config,
-                      attacks, modes, num_draws)
-    results = evaluate(model, data, config, attacks, modes, num_draws, kept)
+    kept, samples = kept_files(outputs.unfinished, filename, of_data, config, *request), {}
+    results = evaluate(model, data, config, *request, kept, samples)
 
     # Print and write
-    print_table(results, modes)
-    path = os.path.join(eval_dir, 'results.json')
-    write_results(path, filename, step, config, results)
-    remove(kept.values())
-    with summary_writer.as_default():
-        write_summaries(results, step)
-    summary_writer.flush()
-    print(f'Written to {path}', flush=True)
+    print_table(results, request.modes)
+    origin = {'checkpoint': filename, 'step': step, 'checkpoint_digest': of_weights[:16],
+              'data': of_data[:16]}
+    outputs.write(config, origin, results, samples, data, kept.values())
 
 
-def watch(model_dir, evaluate_one):
-    """Evaluates each new checkpoint as it comes, for ever, as the original does."""
-    last, seen = None, []
-    print('Waiting for a checkpoint', end='', flush=True)
-    while True:
-        there = checkpoints(model_dir)
-        checkpoint = newest_intact(model_dir) if there != seen else last
-        seen = there
-        if checkpoint and checkpoint != last:
-            print()
-            evaluate_one(checkpoint)
-            last = checkpoint
-            print('Waiting for the next checkpoint', end='', flush=True)
-        else:
-            print('.', end='', flush=True)
-        time.sleep(10)
+def plan_of(model_dir):
+    """Returns (num_checkpoint_steps, max_num_training_steps) as a training stored them, or Nones.
+
+    No other key is looked at: the training may be of another version of this project.
+    """
+    try:
+        config = read_json(os.path.join(model_dir, 'config.json'))
+    except UserError:  # none yet
+        config = {}
+    values = [(key, config.get(key)) for key in ('num_checkpoint_steps', 'max_num_training_steps')]
+    return [value if SCHEMA[key].check(value) else None for key, value in values]
 
 
 # ---- the evaluation
 
 
-def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None):
+def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, samples=None):
     """Returns a list of results, one for each attack and inference mode, then the worst cases.
 
     Args:
         model: a model.Model. data: a CIFAR10Data. config: the configuration.
         attacks, modes: keys of ATTACKS, and names in INFERENCE_MODES.
         num_draws: see evaluate_attack. kept: {attack: path of a file} for evaluate_attack, or None.
+        samples: a dict, to which evaluate_attack adds.
 
     Raises:
         RuntimeError: an adversarial batch left its ball or [0, 255]: a defect, nothing is counted.
@@ -134,9 +166,12 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None):
     results, right, in_ball = [], {}, {}
     for name, attack in made.items():
         of_attack, right[name], in_ball[name] = evaluate_attack(
-            name, attack, data, config, judges, num_draws, kept and kept[name])
+            name, attack, data, config, judges, num_draws, kept and kept[name], samples)
         results += of_attack
-    return results + worst_cases(right, in_ball, config)
+    settings = {name: {key: value for key, value in made[name][1].items() if key != 'library'}
+                for name in attacks}
+    return results + [{**r, 'attack_settings': settings}
+                      for r in worst_cases(right, in_ball, config)]
 
 
 def make_judges(model, data, config, modes, ratios=None):
@@ -156,7 +191,7 @@ def make_judges(model, data, config, modes, ratios=None):
     return judges
 
 
-def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None):
+def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, samples=None):
     """Makes one attack's examples, once, and has each judge classify them.
 
     Every batch is verified to lie in its ball and in [0, 255] before it is counted. The clean
@@ -171,6 +206,8 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None):
         kept: path of a file for this attack alone, in which each batch that is finished is kept; if
             it is there, the attack resumes after the last one. The file's name must say what the
             results depend on (unfinished.path_of). None: nothing is kept.
+        samples: a dict that gets, under `name`, the first adversarial examples and what each judge
+            answers, under the first draw: (float32 [k, 32, 32, 3], {judge: labels [k]}).
 
     Returns:
         (a list of results, one a judge; {judge: bool [draws, n], which were right}; bool [n], which
@@ -182,8 +219,9 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None):
     queries = {judge: num_draws if judge[0] == 'bn_shaping' else 1 for judge in judges}
     right = {judge: np.zeros([draws, n], bool) for judge, draws in queries.items()}
     xent, in_ball, l2 = {judge: np.zeros([]) for judge in judges}, np.zeros(n, bool), np.zeros(n)
-    seconds = np.zeros([])
-    found = [*right.values(), *xent.values(), in_ball, l2, seconds]
+    seconds, k = np.zeros([]), min(NUM_SAMPLES, n)
+    firsts, answers = np.zeros([k, 32, 32, 3], np.float32), {j: np.zeros(k, int) for j in judges}
+    found = [*right.values(), *xent.values(), in_ball, l2, seconds, firsts, *answers.values()]
     for start, end in batches(kept, found, n, batch_size, name):
         x_nat, y = images[start:end].astype(np.float32), labels[start:end]
         begin = timer()
@@ -195,10 +233,14 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None):
         change = np.abs(x_adv - x_nat).reshape(end - start, -1)
         in_ball[start:end] = change.max(axis=1) <= config['epsilon'] + 1e-4
         l2[start:end] = np.linalg.norm(change / 255, axis=1)
+        firsts[start:end] = x_adv[:max(0, k - start)]
         for judge, classify in judges.items():
             for draw, query in enumerate(queries_of(start // batch_size, queries[judge])):
                 logits = classify(x_adv, query)
-                right[judge][draw, start:end] = np.argmax(logits, 1) == y
+                predicted = np.argmax(logits, 1)
+                right[judge][draw, start:end] = predicted == y
+                if draw == 0:
+                    answers[judge][start:end] = predicted[:max(0, k - start)]
                 xent[judge] += float(tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(
                     y, logits))) / (queries[judge] * n)
     settings = {**settings, 'seconds': round(float(seconds), 3)}
@@ -208,6 +250,8 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None):
                      'median_l2': float(np.median(fooled)) if len(fooled) else None}
     results = [cell(name, judge, right[judge], config, {'xent': float(xent[judge]), **settings})
                for judge in judges]
+    if samples is not None:
+        samples[name] = firsts, answers
     return results, right, in_ball
 
 
@@ -280,74 +324,42 @@ def wilson_interval(num_correct, n, z=1.959964):
     return max(0., centre - half), min(1., centre + half)
 
 
-# ---- what is printed and written
+# ---- the command line
 
 
-def print_table(results, modes):
-    """Prints accuracies in percent with their 95% Wilson intervals: attacks down, modes across."""
-    most = max(r['num_examples'] for r in results)
-    print(f'Accuracy in %, [95% Wilson interval], n = {most}')
-    print(f'{"attack":<22}' + ''.join(f'{mode:>22}' for mode in modes))
-    cells = {(r['attack'], r['inference']): r for r in results}
-    notes = []
-    for attack in dict.fromkeys(r['attack'] for r in results):
-        r = cells[attack, modes[0]]
-        row = attack + (f' (n = {r["num_examples"]})' if r['num_examples'] < most else '')
-        row = f'{row:<22}'
-        for mode in modes:
-            accuracy, (low, high) = (cells[attack, mode][key] for key in ('accuracy', 'interval'))
-            row += f'{100 * accuracy:>8.2f} [{100 * low:5.2f}, {100 * high:5.2f}]'
-        print(row, flush=True)
-        if r.get('median_l2') is not None:
-            notes.append(f'{attack}: median L2 of the {r["num_fooled"]} perturbations that fool '
-                         f'population norms {r["median_l2"]:.4f}, pixels in [0, 1]')
-    draws = [r for r in results if 'num_draws' in r]
-    if draws:
-        print(f'bn_shaping under {draws[0]["num_draws"]} draws of clean samples: mean, standard '
-              'deviation between draws, [least, greatest], right under all')
-        for r in draws:
-            low, high = r['range']
-            print(f'{r["attack"]:<22}{100 * r["accuracy"]:>8.2f} {100 * r["spread"]:6.2f} '
-                  f'[{100 * low:5.2f}, {100 * high:5.2f}] {100 * r["accuracy_all_draws"]:8.2f}')
-    for note in notes:
-        print(note)
+def request_from_flags(config):
+    """Returns the Request of the command line. Raises UserError: flags that cannot work together.
+
+    A flag that would have no effect is refused, or told on stderr.
+    """
+    attacks = choice('attack', flags.FLAGS.attack, ATTACKS)
+    modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
+    num_draws = flags.FLAGS.num_draws
+    if not 1 <= num_draws <= 1000:
+        raise UserError(f'--num_draws must be an integer, 1 to 1000, got {num_draws}')
+    if flags.FLAGS['num_draws'].present and 'bn_shaping' not in modes:
+        raise UserError(f'--num_draws is {num_draws}, but --inference {",".join(modes)} draws '
+                        'nothing; expected bn_shaping among --inference')
+    if flags.FLAGS.watch and flags.FLAGS.checkpoint:
+        raise UserError('--watch waits for new checkpoints, --checkpoint names one; expected one '
+                        'of them')
+    check_names(config)
+    for key in [parse_setting(setting)[0] for setting in flags.FLAGS.set]:
+        if SCHEMA[key].attacks and not set(SCHEMA[key].attacks) & set(attacks):
+            print(f'--set {key} has no effect: it is of the attack '
+                  f'{" and ".join(SCHEMA[key].attacks)}', file=sys.stderr, flush=True)
+    return Request(attacks, modes, num_draws)
 
 
-def write_results(path, checkpoint, step, config, results):
-    """Writes results.json, replacing the file at once."""
-    with replacing(path) as f:
-        json.dump({'checkpoint': checkpoint, 'step': step, 'config': config, 'results': results},
-                  f, indent=1)
-
-
-def write_summaries(results, step):
-    """Writes TensorBoard scalars: each cell, and under the original's tags PN's clean and PGD's."""
-    for r in results:
-        tf.summary.scalar(f'accuracy {r["attack"]} {r["inference"]}', r['accuracy'], step)
-        if 'xent' in r:
-            tf.summary.scalar(f'xent {r["attack"]} {r["inference"]}', r['xent'], step)
-        if r['inference'] == 'pn' and r['attack'] in ('clean', 'pgd'):
-            for tag in ('{} nat',) if r['attack'] == 'clean' else ('{} adv', '{} adv eval'):
-                tf.summary.scalar(tag.format('accuracy'), r['accuracy'], step)
-                tf.summary.scalar(tag.format('xent'), r['xent'], step)
-
-
-def choice(flag, value, known):
-    """Returns the names in a comma-separated flag, 'all' being all of them, in the order known."""
-    names = [name.strip() for name in value.split(',')]
-    for name in names:
-        if name != 'all' and name not in known:
-            raise UserError(f'--{flag} is {name!r}; expected {", ".join(known)} or all')
-    return [name for name in known if name in names or 'all' in names]
+def compare(paths):
+    """Prints stored results side by side. Raises UserError: an option of evaluations is given."""
+    for name in ('model_dir', 'checkpoint', 'config', 'set', 'attack', 'inference', 'num_draws',
+                 'watch', 'output', 'pictures'):
+        if flags.FLAGS[name].present:
+            raise UserError(f'--compare reads stored results and evaluates nothing; expected it '
+                            f'without --{name}')
+    print_comparison(paths)
 
 
 if __name__ == '__main__':
-    define_model_flags()
-    flags.DEFINE_string('inference', 'all',
-                        f'Comma-separated: {", ".join(INFERENCE_MODES)}, or all.')
-    flags.DEFINE_string('attack', 'clean,pgd', f'Comma-separated: {", ".join(ATTACKS)}, or all.')
-    flags.DEFINE_integer('num_draws', 1, 'Independent draws of clean samples under which '
-                         'bn_shaping classifies each example; the mean, the spread and the share '
-                         'right under all of them are reported.')
-    flags.DEFINE_boolean('watch', False, 'Evaluate each new checkpoint as it comes.')
-    run(main)
+    run(main, ANY)

@@ -17,7 +17,7 @@ from absl import flags
 
 from running import UserError
 from running.download import check_url, download
-from running.program import run
+from running.program import run, start
 from running.untrusted import MAX_BYTES, check_plain, find_checkpoints, unpack
 
 # name: (address, SHA-256 of the archive or None where it was not published)
@@ -51,11 +51,13 @@ def main(words):
         if os.path.lexists(folder):
             raise UserError(f'{folder} is there and holds no checkpoint; move it away, or name '
                             'another --models_dir')
+        # Download the model
         if os.path.exists(path):
             print(f'{path} is there already: not downloaded again', flush=True)
         else:
             download(url, path, checked=bool(sha256))
         try:
+            # Compute its hash
             with open(path, 'rb') as f:
                 digest = hashlib.file_digest(f, 'sha256').hexdigest()
             print(f'{path}: {os.path.getsize(path):,} bytes, SHA-256 {digest}', flush=True)
@@ -63,6 +65,7 @@ def main(words):
                 print('No digest was published for it: --sha256 can require this one next time')
             elif digest != sha256.lower():
                 raise UserError(f'has the SHA-256 digest {digest}; expected {sha256.lower()}')
+            # Extract the model
             unpack(path, folder)
         except UserError as error:
             os.replace(path, f'{path}.bad')
@@ -79,4 +82,5 @@ if __name__ == '__main__':
     flags.DEFINE_string('url', None, "Address of the archive, in place of the original's.")
     flags.DEFINE_string('models_dir', 'models', 'The model is unpacked into a folder of this one.')
     flags.DEFINE_string('sha256', None, 'Digest that the archive must have.')
+    start(__doc__, takes_words=True)
     run(main, tuple(MODELS))

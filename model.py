@@ -5,6 +5,7 @@ forward pass normalizes by, so that is an argument of every call: the batch ("BN
 equal groups of the batch (paper, Eq. 6, many queries in one call), or the population, that is the
 moving averages ("PN").
 """
+import json
 import os
 import re
 import sys
@@ -12,14 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import BATCH_NORMS, PRECISIONS
+from config import BATCH_NORMS, MAX_INTEGER, PRECISIONS
 from running import UserError, brief
+from running.untrusted import read_json
 import keras
 import tensorflow as tf
 
 BN_DECAY = 0.9        # of the moving averages; the original's model.py
 BN_EPSILON = 0.001    # added to the variance; the default of the original's batch_norm
 LEAKINESS = 0.1       # slope of the leaky ReLU below zero
+ELSEWHERE = '--model_dir DIR takes the configuration stored in DIR'
 
 
 class Norms(NamedTuple):
@@ -69,29 +72,6 @@ class Model(keras.Model):
         self._build_model(tf.zeros([1, 32, 32, 3]), Norms(training=False))  # makes the variables
         self.built = True
 
-    def call(self, images, training=True, num_groups=1, update_population_norms=False,
-             norms_from=None):
-        """Computes the logits of a batch.
-
-        Args:
-            images: [b, 32, 32, 3], in [0, 255]; each is standardized here, as in the original.
-            training: True normalizes by the batch (BN), False by the moving averages (PN).
-            num_groups: with BN, normalizes each of this many equal, consecutive groups of the batch
-                by its own statistics. b must be a multiple of it.
-            update_population_norms: with BN, moves the moving averages towards this batch, as every
-                forward pass of the original's training does. Only a training asks for it: a model
-                that is used or judged with BN must not change what PN will answer. They never move
-                with num_groups > 1, where there is no one batch to move towards.
-            norms_from: with BN, normalizes the whole batch by the statistics of this many first
-                samples: how the others look to the batch norms of these. The moving averages are
-                left alone.
-
-        Returns:
-            logits [b, num_classes], float32.
-        """
-        return self._build_model(
-            images, Norms(training, num_groups, update_population_norms, norms_from))
-
     def _build_model(self, images, norms):
         """Computes the logits. A variable is made where it is first used: in the constructor."""
         x = self.standardize(tf.cast(images, tf.float32))
@@ -105,18 +85,6 @@ class Model(keras.Model):
         x = self._relu(x, LEAKINESS)
         x = self._global_avg_pool(tf.cast(x, tf.float32))
         return self._fully_connected('logit', x, self.num_classes)
-
-    def units(self):
-        """Yields (name, input channels, output channels, stride) of each unit, in order."""
-        for stage in (1, 2, 3):
-            for i in range(self.num_residual_units):
-                in_filters = self.filters[stage - 1 if i == 0 else stage]
-                stride = 2 if stage > 1 and i == 0 else 1
-                yield f'unit_{stage}_{i}', in_filters, self.filters[stage], stride
-
-    def standardize(self, images):
-        """Returns images [b, 32, 32, 3], each of mean 0 and variance 1."""
-        return tf.image.per_image_standardization(images)
 
     def _batch_norm(self, name, x, norms):
         """Normalizes x [b, h, w, c] by what `norms` says; moves the moving averages if it says."""
@@ -190,7 +158,42 @@ class Model(keras.Model):
         """Returns the mean of x [b, h, w, c] over space, [b, c]."""
         return tf.reduce_mean(x, [1, 2])
 
-    # ---- beyond the original's file: variables, checkpoints
+    # ---- beyond the original's file: calls, variables, checkpoints
+
+    def call(self, images, training=True, num_groups=1, update_population_norms=False,
+             norms_from=None):
+        """Computes the logits of a batch.
+
+        Args:
+            images: [b, 32, 32, 3], in [0, 255]; each is standardized here, as in the original.
+            training: True normalizes by the batch (BN), False by the moving averages (PN).
+            num_groups: with BN, normalizes each of this many equal, consecutive groups of the batch
+                by its own statistics. b must be a multiple of it.
+            update_population_norms: with BN, moves the moving averages towards this batch, as every
+                forward pass of the original's training does. Only a training asks for it: a model
+                that is used or judged with BN must not change what PN will answer. They never move
+                with num_groups > 1, where there is no one batch to move towards.
+            norms_from: with BN, normalizes the whole batch by the statistics of this many first
+                samples: how the others look to the batch norms of these. The moving averages are
+                left alone.
+
+        Returns:
+            logits [b, num_classes], float32.
+        """
+        return self._build_model(
+            images, Norms(training, num_groups, update_population_norms, norms_from))
+
+    def units(self):
+        """Yields (name, input channels, output channels, stride) of each unit, in order."""
+        for stage in (1, 2, 3):
+            for i in range(self.num_residual_units):
+                in_filters = self.filters[stage - 1 if i == 0 else stage]
+                stride = 2 if stage > 1 and i == 0 else 1
+                yield f'unit_{stage}_{i}', in_filters, self.filters[stage], stride
+
+    def standardize(self, images):
+        """Returns images [b, 32, 32, 3], each of mean 0 and variance 1."""
+        return tf.image.per_image_standardization(images)
 
     def _variable(self, name, shape, initializer, **settings):
         """Returns the variable of that name, made on its first use, as tf.get_variable does.
@@ -286,34 +289,48 @@ class Model(keras.Model):
             the checkpoint's global step, an int (0 where it holds none).
 
         Raises:
-            running.UserError: no such checkpoint, or another network's; nothing is assigned then.
+            running.UserError: no such checkpoint, another network's, or one with values that no
+                training has: text, NaN, an endless step. Nothing is assigned then.
         """
         copies = self._copies(optimizer)
+        expected = {name: variable for name, (variable, *_) in copies.items()}
         try:
             reader = tf.train.load_checkpoint(str(prefix))
-            shapes = reader.get_variable_to_shape_map()
-            for name, (variable, *_) in copies.items():
-                if name not in shapes:
-                    raise UserError(f'{prefix} holds no {name}: it is of another network than '
-                                    f'num_residual_units {self.num_residual_units} describes')
-                if tuple(shapes[name]) != tuple(variable.shape):
-                    raise UserError(f'{name} is {list(shapes[name])} in {prefix}, but '
-                                    f'{list(variable.shape)} here: see width_factor and classes')
-            extra = sorted(n for n in shapes if n.endswith('/DW') and n not in copies)
-            if extra:
-                raise UserError(f'{prefix} also holds {extra[0]}: it is of a deeper network than '
-                                f'num_residual_units {self.num_residual_units} describes')
-            values = {name: reader.get_tensor(name) for name in copies}
-            global_step = int(reader.get_tensor('global_step')) if 'global_step' in shapes else 0
+            global_step = _global_step(prefix, reader)
+            self._check_fit(prefix, reader.get_variable_to_shape_map(), expected)
+            values = {name: _finite(prefix, reader, name) for name in copies
+                      if name != 'global_step'}
         except UserError:
             raise
-        except (tf.errors.OpError, ValueError, IndexError) as error:
+        except Exception as error:  # a damaged index raises nearly anything
             raise UserError(f'{prefix} cannot be read as a checkpoint: '
                             f'{brief(error)}') from None
+        if 'global_step' in copies:
+            values['global_step'] = global_step
         for name, replicas in copies.items():
             for variable in replicas:
                 variable.assign(values[name])
         return global_step
+
+    def _check_fit(self, prefix, shapes, expected):
+        """Raises UserError unless a checkpoint's tensors are those of this network.
+
+        Args:
+            shapes: {name: shape} of the checkpoint. expected: {name: tf.Variable}.
+        """
+        for name, variable in expected.items():
+            if name not in shapes:
+                raise UserError(f'{prefix} holds no {name}: it is of another network than '
+                                f'num_residual_units {self.num_residual_units} '
+                                f'describes; {ELSEWHERE}')
+            if tuple(shapes[name]) != tuple(variable.shape):
+                raise UserError(f'{name} is {list(shapes[name])} in {prefix}, but '
+                                f'{list(variable.shape)} here: see width_factor and classes; '
+                                f'{ELSEWHERE}')
+        extra = sorted(n for n in shapes if n.endswith('/DW') and n not in expected)
+        if extra:
+            raise UserError(f'{prefix} also holds {extra[0]}: it is of a deeper network than '
+                            f'num_residual_units {self.num_residual_units} describes; {ELSEWHERE}')
 
     def save_madry_checkpoint(self, prefix, optimizer=None, global_step=0):
         """Writes prefix.index and prefix.data-00000-of-00001, which the original's Saver restores.
@@ -332,6 +349,32 @@ class Model(keras.Model):
             variables['global_step'] = tf.Variable(global_step, dtype=tf.int64)
         tf.compat.v1.train.Saver(variables).save(None, str(prefix), write_state=False,
                                                  write_meta_graph=False)
+
+
+def _finite(prefix, reader, name):
+    """Returns the tensor of that name in a checkpoint. Raises UserError: not finite numbers."""
+    dtype = reader.get_variable_to_dtype_map()[name]
+    if not dtype.is_floating:
+        raise UserError(f'{prefix}: {name} is of type {dtype.name}; expected float32')
+    value = reader.get_tensor(name)
+    if not np.isfinite(value).all():
+        raise UserError(f'{prefix}: {name} holds NaN or infinity; expected finite numbers')
+    return value
+
+
+def _global_step(prefix, reader):
+    """Returns the global step of a checkpoint, 0 where it holds none. Raises UserError."""
+    if not reader.has_tensor('global_step'):
+        return 0
+    shape = reader.get_variable_to_shape_map()['global_step']
+    dtype = reader.get_variable_to_dtype_map()['global_step']
+    if shape or not dtype.is_integer:
+        raise UserError(f'{prefix}: global_step is {dtype.name} {list(shape)}; expected one '
+                        'integer')
+    step = int(reader.get_tensor('global_step'))
+    if not 0 <= step <= MAX_INTEGER:
+        raise UserError(f'{prefix}: global_step is {step}; expected 0 to {MAX_INTEGER}')
+    return step
 
 
 def build_model(config, num_classes):
@@ -370,7 +413,7 @@ def damage(prefix):
                 return f'{name} is larger than the file that holds it'
             reader.get_tensor(name)
     except OSError as error:
-        return f'{os.path.basename(error.filename)}: {error.strerror}'
+        return f'{os.path.basename(error.filename or prefix)}: {error.strerror or brief(error)}'
     except Exception as error:  # a damaged index raises nearly anything
         return brief(error)
     return None
@@ -389,20 +432,52 @@ def newest_intact(folder):
     return None
 
 
-def find_checkpoint(config, prefix=None):
+def find_checkpoint(config, checkpoint=None):
     """Returns the prefix of a checkpoint: the one given, or the newest intact one in model_dir.
 
+    Args:
+        checkpoint: its prefix, one of its files, or a folder, whose newest intact one is taken.
+
     Raises:
-        UserError: there is none, or none that is intact.
+        UserError: there is none, none that is intact, or it was trained with another network or
+            other classes.
     """
-    prefix = prefix or newest_intact(config['model_dir'])
+    folder, where = config['model_dir'], f'model_dir {config["model_dir"]}'
+    if checkpoint:
+        prefix = re.sub(r'\.(index|meta|data-\d{5}-of-\d{5})$', '', str(checkpoint))
+        if os.path.isfile(f'{prefix}.index'):
+            return trained_alike(config, prefix)
+        folder, name = os.path.split(prefix)
+        if os.path.isdir(prefix):
+            folder = prefix
+        elif name != 'checkpoint' and os.path.isfile(prefix):  # TensorFlow's old format: one file
+            return trained_alike(config, prefix)
+        elif name != 'checkpoint':
+            here = ', '.join(map(os.path.basename, checkpoints(folder or '.')[:3]))
+            raise UserError(f'--checkpoint {checkpoint}: there is no {prefix}.index; expected a '
+                            'prefix such as models/secret/checkpoint-70000'
+                            + (f'; {folder or "this folder"} holds {here}' if here else ''))
+        where = f'--checkpoint {checkpoint}'
+    prefix = newest_intact(folder or '.')
     if prefix:
-        return prefix
-    if checkpoints(config['model_dir']):
-        raise UserError(f'model_dir {config["model_dir"]} holds checkpoints, but none that is '
-                        'intact; expected another model_dir')
-    raise UserError(f'model_dir {config["model_dir"]} holds no checkpoint; train.py writes '
-                    'them there')
+        return trained_alike(config, prefix)
+    if checkpoints(folder or '.'):
+        raise UserError(f'{where} holds checkpoints, but none that is intact; expected another '
+                        'folder')
+    raise UserError(f'{where} holds no checkpoint; train.py writes them there')
+
+
+def trained_alike(config, prefix):
+    """Returns prefix. Raises UserError where config.json beside it is of another kind of model."""
+    folder = os.path.dirname(prefix)
+    path = os.path.join(folder, 'config.json')
+    stored = read_json(path) if os.path.isfile(path) else {}
+    for key in ('num_residual_units', 'width_factor', 'dataset', 'classes'):
+        if key in stored and key in config and stored[key] != config[key]:
+            raise UserError(f'{prefix} was trained with {key} {brief(json.dumps(stored[key]))}, '
+                            f'got {json.dumps(config[key])}; expected --model_dir {folder or "."}, '
+                            'which takes the configuration stored there')
+    return prefix
 
 
 def synchronized_batch_norm(x, gamma, beta):

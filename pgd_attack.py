@@ -13,13 +13,19 @@ import os
 from absl import flags
 import numpy as np
 
-from config import LOSS_FUNCS, config_from_flags, define_model_flags, relevant
+from config import LOSS_FUNCS, begin, config_from_flags, define_model_flags, relevant
+from running.program import run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    define_model_flags()
+    begin(__doc__)
+
+import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import eval_examples, load_data
 from model import build_model, find_checkpoint
 from running import UserError
-from running.program import run
 from running.unfinished import appended, checkpoint_digest, data_digest, finish
 from shaping import masked
 
@@ -58,10 +64,18 @@ class LinfPGDAttack:
         self.strategy = getattr(model, 'strategy', None) or tf.distribute.get_strategy()
         self._graph = tf.function(self._perturb)
 
-    @classmethod
-    def from_config(cls, model, config, **norms):
-        """Returns the attack that a configuration describes. norms: as above, by name."""
-        return cls(model, **pgd_settings(config), **norms)
+    def loss(self, logits, y):
+        """Returns the loss that the attack maximizes, summed over the batch."""
+        if self.loss_func == 'xent':
+            return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+        return -tf.reduce_sum(tf.nn.relu(margin(logits, y) + 50))
+
+    def gradient(self, x, target):
+        """Returns the gradient of the summed loss with respect to x, [b, 32, 32, 3]."""
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            loss = self.loss(self.model(x, **self.norms), target)
+        return tape.gradient(loss, x)
 
     def perturb(self, x_nat, y, seed, tail=None):
         """Returns adversarial examples within epsilon of x_nat and within [0, 255].
@@ -108,10 +122,6 @@ class LinfPGDAttack:
             x = run_(self.step, (x, x_nat, target, tail, *given))
         return x
 
-    def before(self, x, x_nat, y, tail):
-        """Returns the batch before the first step, and what the loss compares the logits with."""
-        return masked(x, x_nat, tail), self.target(x_nat, y)
-
     def step(self, x, x_nat, target, tail, *given):
         """Returns the batch x [b, 32, 32, 3] one step on; `target` is what self.target returned."""
         stepped = x + self.step_size * tf.sign(self.gradient(x, target, *given))
@@ -124,22 +134,20 @@ class LinfPGDAttack:
         return tf.clip_by_value(x, tf.maximum(x_nat - self.epsilon, 0.),
                                 tf.minimum(x_nat + self.epsilon, 255.))
 
+    # ---- beyond the original's file
+
+    @classmethod
+    def from_config(cls, model, config, **norms):
+        """Returns the attack that a configuration describes. norms: as above, by name."""
+        return cls(model, **pgd_settings(config), **norms)
+
+    def before(self, x, x_nat, y, tail):
+        """Returns the batch before the first step, and what the loss compares the logits with."""
+        return masked(x, x_nat, tail), self.target(x_nat, y)
+
     def target(self, x_nat, y):
         """Returns what the loss compares the logits with: the labels y [b]."""
         return y
-
-    def gradient(self, x, target):
-        """Returns the gradient of the summed loss with respect to x, [b, 32, 32, 3]."""
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(x)
-            loss = self.loss(self.model(x, **self.norms), target)
-        return tape.gradient(loss, x)
-
-    def loss(self, logits, y):
-        """Returns the loss that the attack maximizes, summed over the batch."""
-        if self.loss_func == 'xent':
-            return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
-        return -tf.reduce_sum(tf.nn.relu(margin(logits, y) + 50))
 
 
 def pgd_settings(config):
@@ -194,13 +202,15 @@ def main():
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
 
-    # The model and the attack
-    data = load_data(config)
+    # The newest checkpoint
+    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
+
+    # The data, the model and the attack
+    data = load_data(config, flags.FLAGS.download)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
-    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
-    model.load_madry_checkpoint(checkpoint)
     attack = LinfPGDAttack.from_config(model, config, training=False)
+    model.load_madry_checkpoint(checkpoint)
 
     # Attack the samples, batch by batch
     x_adv = np.empty(images.shape, np.float32)
@@ -218,5 +228,4 @@ def main():
 
 
 if __name__ == '__main__':
-    define_model_flags()
     run(main)

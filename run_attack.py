@@ -8,18 +8,25 @@ pred.npy. .npy files are never unpickled, and nothing is allocated by what their
 from absl import flags
 import numpy as np
 
-from config import config_from_flags, define_model_flags
+from config import INFERENCE_MODES, begin, choice, config_from_flags, define_model_flags
+from running.program import run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    define_model_flags()
+    flags.DEFINE_string('inference', 'pn', f'One of {", ".join(INFERENCE_MODES)}.')
+    begin(__doc__, inference=INFERENCE_MODES)
+
+import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import eval_examples, load_data
-from eval import choice, wilson_interval
+from eval import wilson_interval
 from model import build_model, find_checkpoint
 from pgd_attack import perturbation_fault
 from running import UserError, brief
 from running.files import replacing
-from running.program import run
 from running.untrusted import map_array
-from shaping import INFERENCE_MODES, make_inference
+from shaping import make_inference
 
 
 def run_attack(checkpoint, x_adv, data, config, mode):
@@ -80,13 +87,12 @@ def main():
         raise UserError('--inference: expected one mode at a time, as pred.npy holds one answer')
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
-    data = load_data(config)
+    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
+    data = load_data(config, flags.FLAGS.download)
     x_nat, _ = eval_examples(data, config)
     x_adv = load_examples(config['store_adv_path'], x_nat, config['epsilon'])
-    run_attack(find_checkpoint(config, flags.FLAGS.checkpoint), x_adv, data, config, mode)
+    run_attack(checkpoint, x_adv, data, config, mode)
 
 
 if __name__ == '__main__':
-    define_model_flags()
-    flags.DEFINE_string('inference', 'pn', f'One of {", ".join(INFERENCE_MODES)}.')
     run(main)

@@ -1,12 +1,11 @@
 """Norm shaping, the paper's contribution: n:1 batches, the tail mask, the three inference modes."""
 import numpy as np
 
-from config import check_ratio
+from config import INFERENCE_MODES, check_ratio
 import tensorflow as tf
 
 from running import UserError
 
-INFERENCE_MODES = ('bn', 'pn', 'bn_shaping')
 MAX_IMAGES = 1000  # in one forward pass of shaped batches: a bound on memory, not on a call
 MAX_GRADIENT_IMAGES = 100  # in one gradient of them, which keeps all activations
 DRAW = 10 ** 6  # offset between the query numbers of successive draws of clean samples
@@ -151,7 +150,12 @@ def make_inference(model, mode, data, config):
 
     'bn' normalizes by the given batch itself, 'pn' by the population norms, 'bn_shaping' by n:1
     batches (ShapedInference). None of them changes the model. Paper, section VI.
+
+    Raises:
+        ValueError: an unknown mode.
     """
+    if mode not in INFERENCE_MODES:
+        raise ValueError(f'mode must be one of {", ".join(INFERENCE_MODES)}, got {mode!r}')
     if mode == 'bn_shaping':
         return ShapedInference.from_config(model, data, config)
     graph = tf.function(lambda x: model(x, training=mode == 'bn', update_population_norms=False))

@@ -18,7 +18,19 @@ import zlib
 from absl import flags
 import numpy as np
 
-from config import config_from_flags, load_config, may_change, store_config
+from config import (begin, config_from_flags, define_download_flag, load_config, may_change,
+                    of_training, store_config)
+from running.program import STOPPED, run
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    define_download_flag()
+    flags.DEFINE_boolean('profile', False, 'Write a TensorBoard profile of 10 steps into '
+                         'model_dir.')
+    flags.DEFINE_integer('logical_cpus', 1, 'Divide the CPU into so many logical devices, to try '
+                         'distribution=mirrored without GPUs.')
+    begin(__doc__)
+
+import running.quiet  # noqa: F401
 import keras
 import tensorflow as tf
 from tqdm import tqdm
@@ -27,17 +39,21 @@ from attacks import check_names
 from cifar10_input import augment, eval_examples, load_data
 from model import build_model, checkpoints, find_checkpoint
 from pgd_attack import LinfPGDAttack
-from running import UserError
+from running import UserError, brief
 from running.devices import (LOST, check_agreement, check_shares, divide_cpu, is_chief,
                              make_strategy, make_sum, num_workers, shares, uses_tensor_float_32)
-from running.outputs import PROFILE_STEPS, Curves, Log, Pace, Profile, RunningMeans, Saver
-from running.program import STOPPED, run
+from running.outputs import Curves, Log, Pace, Profile, RunningMeans, Saver
 from running.resume import (Stopped, forget_steps, noted_signals, reason, remove_unfinished,
                             stop_on_signals, take_lock, tell)
+from running.unfinished import data_digest
+from running.untrusted import MAX_JSON_BYTES, parse_json
 from shaping import masked, tail_mask
 from trades import TradesAttack, kl_divergence
 
-NUM_REPLICAS = 'num_replicas'  # in the checkpoints of several
+# In checkpoints, beside the original's names:
+NUM_REPLICAS = 'num_replicas'     # where there are several
+TRAINING = 'training_config'      # see make_origin
+IMAGES = 'images_sha256'
 # What is reported as a mean over the steps since the last report, where a training has it
 AVERAGED = ('loss', 'xent', 'accuracy', 'xent_clean', 'accuracy_clean', 'xent_adv', 'accuracy_adv',
             'kl')
@@ -49,7 +65,7 @@ def main():
     divide_cpu(flags.FLAGS.logical_cpus)
     strategy = make_strategy(config)
     try:
-        train(config, strategy, flags.FLAGS.profile, as_program=True)
+        train(config, strategy, flags.FLAGS.profile, flags.FLAGS.download, as_program=True)
     except Stopped as stop:
         tell(f'Stopped {stop}; the same command resumes')
         sys.exit(STOPPED)
@@ -62,13 +78,13 @@ def main():
         sys.exit(STOPPED)
 
 
-def train(config, strategy=None, profile=False, as_program=False):
+def train(config, strategy=None, profile=False, download=False, as_program=False):
     """Trains until max_num_training_steps, or until a signal; see the program's docstring.
 
     Args:
         config: what load_config returns. strategy: what devices.make_strategy returns; None: made
-            here. profile: write a TensorBoard profile. as_program: signals are ours until the
-            process ends, and a second one ends it at once.
+            here. profile: write a TensorBoard profile. download: as load_data takes it.
+        as_program: signals are ours until the process ends, and a second one ends it at once.
 
     Returns:
         the prefix of the last checkpoint.
@@ -78,10 +94,11 @@ def train(config, strategy=None, profile=False, as_program=False):
         UserError, OSError: a mistake in the configuration, a full disk, ...
     """
     with contextlib.ExitStack() as at_end:  # lets go of the lock and the signals, come what may
-        return run_training(config, strategy or make_strategy(config), profile, as_program, at_end)
+        return run_training(config, strategy or make_strategy(config), profile, download,
+                            as_program, at_end)
 
 
-def run_training(config, strategy, profile, as_program, at_end):
+def run_training(config, strategy, profile, download, as_program, at_end):
     """Does train's work; at_end is an ExitStack, closed after it."""
     # Seeds and parameters
     keras.utils.set_random_seed(config['tf_random_seed'])
@@ -89,12 +106,14 @@ def run_training(config, strategy, profile, as_program, at_end):
     model_dir, chief = config['model_dir'], is_chief(strategy)
     sum_over_replicas = make_sum(strategy)
 
-    # The data, the model and the optimizer
+    # The data and the model
     check_shares(config, strategy.num_replicas_in_sync)
-    data = load_data(config)
+    data = load_data(config, download)
     check_later_use(data, config)
     with strategy.scope():
         model = build_model(config, data.num_classes)
+
+        # The optimizer
         optimizer = make_optimizer(config)
 
         # The adversary, in one graph with the weight update
@@ -104,7 +123,7 @@ def run_training(config, strategy, profile, as_program, at_end):
     # The newest intact checkpoint, if there is one
     if chief:
         at_end.enter_context(take_lock(os.path.join(model_dir, 'lock')))
-    start, newest = resume(config, model, optimizer, strategy)
+    start, newest, origin = resume(config, data, model, optimizer, strategy)
 
     # The TensorBoard, log and checkpoint outputs
     profiler = Profile(model_dir, start, num_steps, profile)
@@ -113,13 +132,14 @@ def run_training(config, strategy, profile, as_program, at_end):
         tell_start(config, strategy.num_replicas_in_sync, start)
     log, curves = Log(model_dir, chief), Curves(model_dir, chief)
     means = RunningMeans(AVERAGED, ('output', 'summary'), newest)
-    saver = make_saver(config, model, optimizer, means, start, newest, chief)
+    saver = make_saver(config, model, optimizer, means, start, newest, chief, origin)
 
     # Main training loop
     asked = stop_on_signals() if as_program else at_end.enter_context(noted_signals())
     pace = Pace(batch_size, start, num_steps)
     for ii in tqdm(range(start, num_steps), total=num_steps, initial=start, unit='step',
                    disable=not (chief and sys.stderr.isatty())):
+        # A training batch
         profiler.begin(ii)
         x_batch, y_batch = data.train_data.get_batch(ii, batch_size)
         batch = tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64)
@@ -137,25 +157,26 @@ def run_training(config, strategy, profile, as_program, at_end):
         means.add(metrics)
         stop = sum_over_replicas(len(asked)) > 0  # a signal to one worker stops all
 
-        # TensorBoard summaries and the log, before the checkpoint: so a kill loses none of them
-        report = pace.foretell(ii)
+        # Output to stdout, and to the log: before the checkpoint, so that a kill loses none of it
+        report = pace.foretell(ii) + profiler.end(ii, stop)
         if output or last:  # after an extra report, the last one's, the means go on
             lines, line = describe(ii, nat_acc, *means.tell('output', metrics, anew=output),
                                    pace.tell(ii))
             report += lines
             log.append(line)
+        if report and chief:
+            tell('\n'.join(report))
+
+        # TensorBoard summaries
         if summary:
             with curves.writing():
                 write_summaries(*means.tell('summary', metrics), nat_acc, x_batch_adv, config, ii)
-        report += profiler.end(ii, stop)
 
         # Write a checkpoint
         if (ii + 1) % config['num_checkpoint_steps'] == 0 or last or stop:
             saver.save(ii + 1)
 
-        # Output to stdout
-        if report and chief:
-            tell('\n'.join(report))
+        # Stop where a signal asked for it
         if stop and not last:
             raise Stopped(f'after {ii + 1} steps, which are saved in {model_dir}')
     if chief:
@@ -444,28 +465,58 @@ def check_later_use(data, config):
     check_names(config)
 
 
-def resume(config, model, optimizer, strategy):
-    """Loads the newest intact checkpoint in model_dir; returns (its step, its prefix) or (0, None).
+def resume(config, data, model, optimizer, strategy):
+    """Loads the newest intact checkpoint in model_dir, if there is one.
+
+    Returns:
+        its step and its prefix, or 0 and None; and the training's origin, for its checkpoints.
 
     Raises:
         UserError: it is of another training, none there is intact, or the workers do not agree.
     """
     model_dir, start, newest = config['model_dir'], 0, None
+    origin = make_origin(config, data)
     if checkpoints(model_dir):
         check_same_run(config, os.path.join(model_dir, 'config.json'))
         newest = find_checkpoint(config)
+        check_same_origin(config, newest, origin)
         check_same_replicas(config, newest, strategy.num_replicas_in_sync)
         start = model.load_madry_checkpoint(newest, optimizer)
+        if start > config['max_num_training_steps']:
+            raise UserError(f'{model_dir} holds a training of {start} steps, and '
+                            f'max_num_training_steps is {config["max_num_training_steps"]}; '
+                            f'expected {start} or more, or another model_dir')
         tell(f'Resuming from {newest}')
-    check_workers(config, start, strategy)
-    return start, newest
+    check_workers(config, start, strategy, origin)
+    return start, newest, origin
 
 
-def check_same_run(config, path):
-    """Raises UserError when `path` holds the configuration of another training than `config`'s."""
-    if not os.path.exists(path):
-        return
-    stored = load_config(path)
+def make_origin(config, data):
+    """Returns what a checkpoint tells of its training, {name in the checkpoint: uint8 array}.
+
+    TRAINING holds the keys that may not change, as JSON, and IMAGES a SHA-256 of all images and
+    labels: config.json may be lost, and data_path may change. The original ignores both.
+    """
+    training = json.dumps(of_training(config)).encode()
+    images = bytes.fromhex(data_digest(data))
+    return {name: np.frombuffer(value, np.uint8)
+            for name, value in ((TRAINING, training), (IMAGES, images))}
+
+
+def check_same_run(config, path, prefix=None):
+    """Raises UserError where another configuration than `config` was trained with.
+
+    Args:
+        path: of a stored configuration. prefix: of a checkpoint, whose own record counts too.
+    """
+    if os.path.exists(path):
+        refuse_changes(config, load_config(path))
+    if prefix is not None:
+        check_same_origin(config, prefix, {})
+
+
+def refuse_changes(config, stored):
+    """Raises UserError where a key that may not change has another value in `stored`, a dict."""
     changed = [f'{key} (was {stored[key]}, is {config[key]})' for key in config
                if not may_change(key) and stored[key] != config[key]]
     if changed:
@@ -473,23 +524,61 @@ def check_same_run(config, path):
                         'expected another model_dir')
 
 
+def check_same_origin(config, prefix, origin):
+    """Raises UserError where a checkpoint is of another configuration, or of other images.
+
+    A checkpoint of an older version tells neither, and passes.
+
+    Args:
+        origin: of this training. Where it has no IMAGES, these are not compared.
+    """
+    reader = tf.train.load_checkpoint(prefix)
+    training = read_record(prefix, reader, TRAINING, tf.uint8, 1)
+    if training is not None:
+        try:
+            stored = load_config(values=dict(parse_json(training.tobytes().decode())))
+        except (ValueError, TypeError, RecursionError) as error:  # a UserError is a ValueError
+            raise UserError(f'{prefix}: {TRAINING} is no configuration: {brief(error)}') from None
+        refuse_changes(config, stored)
+    images = read_record(prefix, reader, IMAGES, tf.uint8, 1)
+    if images is not None and IMAGES in origin and not np.array_equal(images, origin[IMAGES]):
+        raise UserError(f'{prefix} was trained on other images or labels than data_path '
+                        f'{config["data_path"]} holds; expected the same, or another model_dir')
+
+
+def read_record(prefix, reader, name, dtype, rank):
+    """Returns the tensor of that name in a checkpoint, or None. Raises UserError: of another type.
+
+    Its size is bounded: what an index claims would be allocated.
+    """
+    if not reader.has_tensor(name):
+        return None
+    shape = reader.get_variable_to_shape_map()[name]
+    found = reader.get_variable_to_dtype_map()[name]
+    if found != dtype or len(shape) != rank or np.prod(shape, dtype=object) > MAX_JSON_BYTES:
+        raise UserError(f'{prefix}: {name} is {found.name} {list(shape)}; expected {dtype.name} of '
+                        f'rank {rank}')
+    return reader.get_tensor(name)
+
+
 def check_same_replicas(config, prefix, num_replicas):
     """Raises UserError where another number of replicas, each with its norms, trained so far."""
-    reader = tf.train.load_checkpoint(prefix)
-    before = int(reader.get_tensor(NUM_REPLICAS)) if reader.has_tensor(NUM_REPLICAS) else 1
+    found = read_record(prefix, tf.train.load_checkpoint(prefix), NUM_REPLICAS, tf.int32, 0)
+    before = 1 if found is None else int(found)
     if config['batch_norms'] == 'per_replica' and before != num_replicas:
         raise UserError(f'{prefix} was trained by {before} replicas, each with batch norms of its '
                         f'own; here are {num_replicas}: expected as many, or another model_dir')
 
 
-def check_workers(config, start, strategy):
-    """Raises UserError unless all workers start from the same step with the same configuration."""
+def check_workers(config, start, strategy, origin):
+    """Raises UserError unless all workers have the same first step, configuration and images."""
     check_agreement(strategy, start, f'this worker found a checkpoint of step {start} in '
                     f'{config["model_dir"]}, another worker another one; expected a model_dir that '
                     'all workers share')
-    digest = zlib.crc32(json.dumps({**config, 'model_dir': '', 'data_path': ''}).encode())
-    check_agreement(strategy, digest, 'the workers have different configurations; expected the '
-                    'same but for model_dir and data_path')
+    text = json.dumps({**config, 'model_dir': '', 'data_path': ''}).encode()
+    digest = zlib.crc32(text + origin[IMAGES].tobytes())
+    check_agreement(strategy, digest, 'the workers have different configurations or images; '
+                    'expected the same, but for model_dir and data_path')
 
 
 def prepare(model_dir, config, start):
@@ -499,12 +588,14 @@ def prepare(model_dir, config, start):
     forget_steps(model_dir, start)
 
 
-def make_saver(config, model, optimizer, means, start, newest, chief):
+def make_saver(config, model, optimizer, means, start, newest, chief, origin):
     """Returns the Saver of all that a resumed training needs; the initial weights are saved.
 
     Checkpoints after `start` are forgotten: they will be written again.
     """
     variables = {**model.checkpoint_variables(optimizer), **means.variables}
+    with tf.device('CPU'):
+        variables |= {name: tf.Variable(value) for name, value in origin.items()}
     replicas = model.strategy.num_replicas_in_sync
     if replicas > 1:
         variables[NUM_REPLICAS] = tf.Variable(replicas)
@@ -517,8 +608,4 @@ def make_saver(config, model, optimizer, means, start, newest, chief):
 
 
 if __name__ == '__main__':
-    flags.DEFINE_boolean('profile', False, f'Write a TensorBoard profile of {PROFILE_STEPS} steps '
-                         'into model_dir.')
-    flags.DEFINE_integer('logical_cpus', 1, 'Divide the CPU into so many logical devices, to try '
-                         'distribution=mirrored without GPUs.')
     run(main)

@@ -7,27 +7,24 @@ What the paper leaves open: its attacks come from CleverHans, which takes the mo
 predictions for labels unless told otherwise. Ours take the true labels, as the original's attack
 does.
 """
-from attacks.adaptive import adaptive, adaptive_weak
-from attacks.apgd import apgd_attack, apgd_eot
-from attacks.gradient import clean, fgsm, pgd
-from attacks.minimum_norm import cw, deepfool
-from attacks.random_search import random_search
-from attacks.shaping import shaping
+import importlib
+
 from running import UserError
 
-# name: maker(model, data, config, num_draws) -> (attack, settings); see make_attack
+# name: file.maker; a maker is f(model, data, config, num_draws) -> (attack, settings), see
+# make_attack. The files are imported when they are used: the names are known before TensorFlow is.
 ATTACKS = {
-    'clean': clean,                  # changes nothing
-    'fgsm': fgsm,                    # one step of fgsm_epsilon (16, as the paper has it), with PN
-    'pgd': pgd,                      # LinfPGDAttack as configured, with PN
-    'cw': cw,                        # minimum L2, with PN
-    'deepfool': deepfool,            # minimum L2, with PN
-    'shaping': shaping,              # PGD with BN on one share of a batch at a time
-    'adaptive': adaptive,            # PGD through the very clean samples that bn_shaping will use
-    'adaptive_weak': adaptive_weak,  # the same through other training samples
-    'apgd': apgd_attack,             # Auto-PGD with PN, on cross-entropy and on DLR
-    'apgd_eot': apgd_eot,            # Auto-PGD through fresh draws of clean samples at every step
-    'random': random_search,         # the strongest of 1,000 random perturbations: a check
+    'clean': 'gradient.clean',                   # changes nothing
+    'fgsm': 'gradient.fgsm',                     # one step of fgsm_epsilon (16, the paper's), PN
+    'pgd': 'gradient.pgd',                       # LinfPGDAttack as configured, PN
+    'cw': 'minimum_norm.cw',                     # minimum L2, PN
+    'deepfool': 'minimum_norm.deepfool',         # minimum L2, PN
+    'shaping': 'shaping.shaping',                # PGD with BN on one share of a batch at a time
+    'adaptive': 'adaptive.adaptive',             # PGD through the clean samples of bn_shaping
+    'adaptive_weak': 'adaptive.adaptive_weak',   # the same through other training samples
+    'apgd': 'apgd.apgd_attack',                  # Auto-PGD, PN, on cross-entropy and on DLR
+    'apgd_eot': 'apgd.apgd_eot',                 # Auto-PGD through fresh draws at every step
+    'random': 'random_search.random_search',     # the strongest of 1,000 perturbations: a check
 }
 MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
 
@@ -45,7 +42,9 @@ def make_attack(name, model, data, config, num_draws=1):
         data: a CIFAR10Data. config: the configuration.
         num_draws: under how many draws bn_shaping will classify each batch.
     """
-    return ATTACKS[name](model, data, config, num_draws)
+    file, maker = ATTACKS[name].split('.')
+    module = importlib.import_module(f'attacks.{file}')
+    return getattr(module, maker)(model, data, config, num_draws)
 
 
 def num_examples(name, config):

@@ -1,1 +1,1 @@
-"""The paper: its numbers and claims as data; our cells, tables, plots, experiments beside them."""
+"""The paper: its numbers and claims as data; our evaluations, tables, plots and checks."""

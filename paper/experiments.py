@@ -1,17 +1,38 @@
-"""The paper's three in-text experiments (sections IV and V) on what batch norms do to an attack;
-and how far an attack moves the norms, which is what the paper's confoundings come from.
+"""In-text experiments: what batch norms do to an attack, and how far an attack moves them.
 
-The three compare two sizes, sample by sample, over the same training images in batches of
-training_batch_size, unaugmented, and are reported as the paper reports them: how much larger, on
-average, the one is than the other. reproduce.py runs them.
+The paper's three (sections IV and V) compare two sizes, sample by sample, and report how much
+larger the one is than the other, on average. Ours measures how far an attack moves the batch norms,
+which is where the paper's confoundings come from. All are over the same training images in batches
+of training_batch_size, unaugmented.
 """
+from functools import partial
+from typing import NamedTuple
+
 import numpy as np
+
+from config import relevant
 import tensorflow as tf
 
-from pgd_attack import LinfPGDAttack
+from paper.claims import verdict
+from paper.intervals import bootstrap, excess
 from paper.population_norms import batch_statistics, population_norms
+from paper.published import ADV_ONLY, NORM_SHAPING, PAPER_EXCESS, Training
+from paper.trainings import name_of
+from pgd_attack import LinfPGDAttack
+from running import UserError
 from running.unfinished import batches
 from shaping import tail_mask
+
+HEADER = ['how much larger on average', 'model', 'ours', 'the two means', 'paper', 'at this scale']
+SHIFTS_HEADER = ['training', 'attack', 'the means move by', 'the deviations by']
+
+# Which two of an experiment's sizes are compared: {name: (the larger one, the other)}
+LOGIT_ERRORS = {'the same norms': ('clean norms', 'adversarial norms'),
+                "its own batch's norms": ('clean norms', 'adversarial norms, clean logits')}
+PERTURBATION_SIZES = {'pn': ('pn', 'bn'), 'shaping': ('shaping', 'bn')}
+
+
+# ---- what is measured
 
 
 def num_measured(data, config):
@@ -27,19 +48,21 @@ def logit_errors(model, data, config, kept=None):
     random start, through the batch norms of the clean batch. The error is the mean absolute
     difference of the logits between an example and its clean version.
 
-    What the paper leaves open is what the clean version is normalized by, so both are computed.
+    The paper leaves open what the clean version is normalized by, so both are computed.
 
     Args:
         kept: path of a file for this experiment alone, in which finished batches are kept; its name
-            must say what the figures depend on (unfinished.path_of). None: nothing is kept.
+            must say what the sizes depend on (unfinished.path_of). None: nothing is kept.
 
     Returns:
-        dict of arrays [n]: 'clean norms', and the same under the norms of the adversarial batch:
-        'adversarial norms', with the clean version under those norms, too, and 'adversarial norms,
-        clean logits', with the clean version's logits left as the clean batch has them.
+        dict of arrays [n]. 'clean norms': example and clean version under the clean batch's norms.
+        'adversarial norms': both under the adversarial batch's norms. 'adversarial norms, clean
+        logits': the example under the adversarial batch's norms, its clean version under the clean
+        batch's.
     """
     step = config['step_size']
-    fgsm = LinfPGDAttack(model, step, 1, step, False, 'xent', update_population_norms=False)
+    fgsm = LinfPGDAttack(model, epsilon=step, num_steps=1, step_size=step, random_start=False,
+                         loss_func='xent', update_population_norms=False)
 
     @tf.function
     def by_norms_of(x, other):
@@ -65,18 +88,18 @@ def logit_errors(model, data, config, kept=None):
 
 
 def perturbation_sizes(model, data, config, kept=None):
-    """Returns the mean absolute perturbations, in pixels, that PGD makes by three kinds of norms.
+    """Returns the mean absolute perturbations, in pixels, that PGD makes with three kinds of norms.
 
-    PGD as configured. 'pn' and 'bn': of all samples of a batch, by population norms and by batch
-    norms (section IV, confounding III: 17% more by population norms). 'shaping': by batch norms,
-    the tail alone attacked beside the clean head (section V: 41% more than by 'bn'); each share of
-    a batch is the tail once, in another order of the batch, so that all samples are attacked.
+    PGD as configured. Section IV, confounding III: 17% more with population norms than with batch
+    norms. Section V: 41% more with norm shaping.
 
     Args:
         kept: as in logit_errors.
 
     Returns:
-        dict of arrays [n].
+        dict of arrays [n]. 'pn', 'bn': all samples of a batch are attacked, with population norms
+        and with batch norms. 'shaping': with batch norms, the tail alone is attacked beside the
+        clean head. Each share of a batch is the tail once, so that all samples are attacked.
     """
     def attack(training):
         return LinfPGDAttack.from_config(model, config, training=training,
@@ -100,19 +123,18 @@ def perturbation_sizes(model, data, config, kept=None):
 
 
 def norm_shifts(model, data, config, kept=None):
-    """Returns how far the batch norms of a training batch are from those of its clean version.
-
-    'all': where PGD, as configured, attacks every sample; 'tail': where it attacks the tail alone,
-    beside the clean head (section V: shaping keeps the norms stable); 'another': where it is no
-    attacked batch but the next clean one, which is how far batch norms differ by chance.
+    """Returns how far the batch norms of another batch are from those of a clean training batch.
 
     Args:
         kept: as in logit_errors.
 
     Returns:
-        dict of arrays [batches]: the distance of the means, in standard deviations of the clean
-        batch, averaged over all channels of all norms; and, named '... deviations', the relative
-        distance of the standard deviations themselves.
+        dict of arrays [batches], for three other batches. 'all': the same batch after PGD, as
+        configured, on every sample. 'tail': after PGD on the tail alone, beside the clean head
+        (section V: shaping keeps the norms stable). 'another': the next clean batch, which shows
+        how far batch norms differ by chance. Under these names, the distance of the means, in
+        standard deviations of the clean batch, averaged over all channels of all norms. Under
+        '... deviations', the relative distance of the standard deviations.
     """
     attack = LinfPGDAttack.from_config(model, config, update_population_norms=False)
     m, n, subset = config['training_batch_size'], num_measured(data, config), data.train_data
@@ -138,3 +160,105 @@ def norm_shifts(model, data, config, kept=None):
             shifts[name][start] = (np.abs(other_means - means) / deviations).mean()
             shifts[f'{name} deviations'][start] = np.abs(other_deviations / deviations - 1).mean()
     return shifts
+
+
+# ---- what is shown
+
+
+class Excess(NamedTuple):
+    """How much larger one size is than another, on average: a row of the table."""
+    what: str
+    training: str        # its name
+    ours: dict           # as excesses_of makes it
+    paper: float | None  # the paper's number
+
+
+def excesses_of(sizes, pairs):
+    """Returns {name: excess of the first of a pair over the second}, to be kept as JSON.
+
+    Args:
+        sizes: {name: array [n]}. pairs: {name: (a name in sizes, another)}.
+    """
+    found = {}
+    for name, (a, b) in pairs.items():
+        value, interval = excess(sizes[a], sizes[b])
+        found[name] = {'excess': value, 'interval': interval, 'n': len(sizes[a]),
+                       'means': [float(sizes[a].mean()), float(sizes[b].mean())]}
+    return found
+
+
+def excesses(config, evaluations):
+    """Returns the paper's three in-text experiments, a list of Excess."""
+    default, shaped = (name_of(Training('pgd', mode), config) for mode in (ADV_ONLY, NORM_SHAPING))
+    part = relevant(config)  # of the configuration that the trainings vary
+    rows = []
+    found = evaluations[default].experiment(
+        logit_errors, part, partial(excesses_of, pairs=LOGIT_ERRORS))
+    for norms in LOGIT_ERRORS:
+        rows.append(Excess('logit errors of FGSM examples, clean over adversarial batch norms; the '
+                           f'clean version under {norms}', default, found[norms],
+                           PAPER_EXCESS['logit_errors']))
+    for name in (default, shaped):
+        found = evaluations[name].experiment(
+            perturbation_sizes, part, partial(excesses_of, pairs=PERTURBATION_SIZES))
+        rows.append(Excess("size of PGD's perturbations, population norms over batch norms", name,
+                           found['pn'], PAPER_EXCESS['pn'] if name == default else None))
+        rows.append(Excess("size of PGD's perturbations, norm shaping over batch norms", name,
+                           found['shaping'], PAPER_EXCESS['shaping']))
+    return rows
+
+
+def excess_rows(config, evaluations):
+    """Returns the paper's three in-text experiments, beside the paper's numbers."""
+    rows = []
+    for row in excesses(config, evaluations):
+        low, high = row.ours['interval']
+        a, b = row.ours['means']
+        rows.append([row.what, f'`{row.training}`',
+                     f'{100 * row.ours["excess"]:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]',
+                     f'{a:.4f} / {b:.4f}', f'{100 * row.paper:+.0f}%' if row.paper else '',
+                     verdict(row.paper, row.ours['interval']) if row.paper else ''])
+    return rows
+
+
+def mean_shifts(shifts):
+    """Returns {name: (mean, [low, high])} of what norm_shifts measured."""
+    return {name: bootstrap(lambda chosen, values=values: values[chosen].mean(), len(values))
+            for name, values in shifts.items()}
+
+
+def shift_rows(config, evaluations):
+    """Returns how far an attack moves the batch norms; see norm_shifts."""
+    rows = []
+    for mode in (ADV_ONLY, NORM_SHAPING):
+        name = name_of(Training('pgd', mode), config)
+        found = evaluations[name].experiment(norm_shifts, relevant(config), mean_shifts)
+        for other, label in (('all', 'PGD on all samples'), ('tail', 'PGD on the tail'),
+                             ('another', 'none, but another clean batch')):
+            row = [f'`{name}`', label]
+            for part in ('', ' deviations'):
+                value, (low, high) = found[other + part]
+                row.append(f'{value:.4f} [{low:.4f}, {high:.4f}]')
+            rows.append(row)
+    return rows
+
+
+# ---- what would fail after hours
+
+
+def check_perturbations(config, data):
+    """Raises UserError where there would be no perturbation, or no whole batch, to measure."""
+    for key in ('epsilon', 'step_size'):
+        if config[key] == 0:
+            raise UserError(f'{key} must be above 0, or there is no perturbation to compare, got 0')
+    size = config['training_batch_size']
+    if config['num_eval_examples'] < size:
+        raise UserError(f'num_eval_examples must be at least training_batch_size, {size}, got '
+                        f'{config["num_eval_examples"]}')
+
+
+def check_shifts(config, data):
+    """Raises UserError where there is no other clean batch to compare with."""
+    if data.train_data.n < 2 * config['training_batch_size']:
+        raise UserError('training_batch_size must be at most half the number of training images, '
+                        f'{data.train_data.n // 2}, got {config["training_batch_size"]}')

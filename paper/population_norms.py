@@ -1,10 +1,10 @@
-"""Population norms got in other ways than by the training's moving averages.
+"""Other ways to estimate the population norms, tried on trained weights.
 
-The moving averages keep 0.9 of themselves in every forward pass with batch norms, and a training
-step makes num_steps + 1 of them: nearly 0.7 of what `pn` normalizes by is the last training batch
+A moving average keeps 0.9 of itself in every forward pass with batch norms, and a training step
+makes num_steps + 1 of them: nearly 0.7 of what `pn` normalizes by is the last training batch
 (1 - 0.9 ** 11), most of that from half-finished attacks. Training itself normalizes by batch norms
-alone, so that any other rule can be tried on the trained weights. reproduce.py's `norms` does, to
-see what of a difference between `pn` and `bn_shaping` is owed to how the averages are kept.
+alone, so any other rule can be tried on the trained weights. The table `norms` shows how much of
+the difference between `pn` and `bn_shaping` depends on the rule.
 """
 import numpy as np
 import tensorflow as tf
@@ -12,11 +12,12 @@ import tensorflow as tf
 from model import BN_DECAY
 from train import make_adversary
 
-NUM_BATCHES = 200  # that each rule passes, but for 'last batch'
+NUM_BATCHES = 200  # of each rule but 'last batch'
+# The keys are part of what kept numbers are known by: renaming one orphans them
 RULES = {
     'trained': 'the moving averages of the training',
-    'again': f'the same, {NUM_BATCHES} batches further on, the weights fixed: a check of the rest',
-    'updates': f'likewise, moved by the {NUM_BATCHES} X^(T) alone, not by attack steps',
+    'again': f'the same after {NUM_BATCHES} more batches, weights frozen: a check of the rest',
+    'updates': f'likewise, updated by the {NUM_BATCHES} X^(T) alone, not by attack steps',
     'last batch': 'the statistics of one X^(T)',
     'training batches': f'the mean over {NUM_BATCHES} X^(T)',
     'clean images': f'the mean over {NUM_BATCHES} batches of unchanged training images'}
@@ -28,8 +29,8 @@ def set_population_norms(model, data, config, rule):
     Args:
         model: a model.Model with the weights and population norms of a training.
         data: a CIFAR10Data. config: the training's configuration.
-        rule: one of RULES. Batches are those that the training would have gone on with, augmented
-            and attacked as its training mode says; for 'clean images' they are neither.
+        rule: one of RULES. The batches are the next ones of the training, augmented and attacked as
+            its training mode says; for 'clean images' they are neither.
     """
     if rule == 'trained':
         return

@@ -15,7 +15,7 @@ import numpy as np
 
 import tensorflow as tf
 
-from running import UserError
+from running import UserError, brief
 
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
         tf.errors.DeadlineExceededError, tf.errors.InternalError, tf.errors.FailedPreconditionError)
@@ -42,7 +42,7 @@ def make_strategy(config):
         return tf.distribute.MultiWorkerMirroredStrategy()
     except tf.errors.OpError as error:
         raise UserError('the workers of TF_CONFIG do not come together: '
-                        f'{error.message.splitlines()[0]}') from None
+                        f'{brief(error)}') from None
 
 
 def check_tf_config(text):

@@ -14,7 +14,7 @@ import zipfile
 from tqdm import tqdm
 
 from running import UserError, brief
-from running.files import replacing
+from running.files import create, plain, replacing
 from running.untrusted import MAX_BYTES, read_json
 
 CHUNK = 2 ** 20
@@ -118,13 +118,14 @@ def _take(response, part, note, have, state):
             print('Starting over: the file has changed, or the server sends whole files only')
         have = 0
         os.makedirs(os.path.dirname(part), exist_ok=True)
-        open(part, 'wb').close()  # first: under the new note the old bytes would pass as its own
+        os.close(create(part))  # first: under the new note the old bytes would pass as its own
         with replacing(note) as f:
             json.dump({'url': url, 'validator': validator, 'total': total}, f)
     print(f'Downloading {url} to {part}, from byte {have:,} of',
           'an unknown number' if total is None else f'{total:,}', flush=True)
-    with open(part, 'ab') as f, tqdm(total=total, initial=have, unit='B', unit_scale=True,
-                                     leave=False, disable=not sys.stderr.isatty()) as bar:
+    with open(part, 'ab', opener=plain) as f, tqdm(
+            total=total, initial=have, unit='B', unit_scale=True, leave=False,
+            disable=not sys.stderr.isatty()) as bar:
         for chunk in chunks:
             have += len(chunk)
             if have > limit:

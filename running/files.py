@@ -1,5 +1,10 @@
-"""Files that a program stopped at any moment leaves whole: written aside, then moved into place."""
+"""Files that a program stopped at any moment leaves whole: written aside, then moved into place.
+
+A folder may come from a stranger, with symbolic links planted where a program is going to write.
+None is followed: `create` replaces it, `plain` refuses it.
+"""
 import contextlib
+import errno
 import os
 
 
@@ -12,6 +17,29 @@ def naming(path):
         if error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def create(path, flags=os.O_WRONLY):
+    """Returns the descriptor of a new file; what was there, a killed run's or a link, is removed.
+
+    An opener for `open`. Raises OSError: it cannot be written, or another process was as quick.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+
+def plain(path, flags):
+    """Returns the descriptor of a file that is made where it is missing; a link is refused.
+
+    An opener for `open`, which then keeps what the file holds, if its mode does.
+    """
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(error.errno, 'is a symbolic link; expected a plain file', path) from None
 
 
 @contextlib.contextmanager
@@ -28,10 +56,13 @@ def replacing(path, mode='w'):
     """
     temporary = f'{path}.tmp'
     try:
-        with naming(path), open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+        with naming(path), open(temporary, mode, encoding=None if 'b' in mode else 'utf-8',
+                                opener=create) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
+            if not os.path.samestat(os.fstat(f.fileno()), os.lstat(temporary)):
+                raise FileNotFoundError(errno.ENOENT, 'another program is writing it', str(path))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

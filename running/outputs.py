@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from running import UserError
-from running.files import naming
+from running.files import naming, plain
 from running.resume import LOG, in_one_line, reason, refuse_full_disk, remove_unfinished
 
 PROFILE_STEPS = 10
@@ -77,7 +77,7 @@ class Log:
     def append(self, line):
         """Adds a line, at once. Raises OSError: it cannot be written."""
         if self.path:
-            with naming(self.path), open(self.path, 'ab') as f:
+            with naming(self.path), open(self.path, 'ab', opener=plain) as f:
                 f.write(json.dumps(line).encode() + b'\n')
 
 

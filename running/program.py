@@ -1,17 +1,110 @@
 """How a program starts and how it ends: options, one-line errors, signals, exit statuses."""
+import contextlib
+import difflib
 import os
+import re
 import signal
 import sys
+import textwrap
 
-from absl import app, logging
+from absl import flags, logging
 
-from running import UserError
+from running import UserError, brief
 
+ANY = object()  # `names` of a program that takes words of any kind
 STOPPED = 75  # exit status of a training that a signal stopped: EX_TEMPFAIL of sysexits.h
+HELP = ('--help', '-h', '--helpshort', '--helpfull', '-help', '--h')
+
+# what absl's types of flags expect
+EXPECTED = {'bool': 'true or false', 'int': 'an integer', 'float': 'a number',
+            'string': 'a text', 'multi string': 'a text'}
+
+_words = []  # what start() found on the command line beside the options
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which a cluster sends before it kills: the same as Ctrl-C, but for the status."""
+
+
+def start(usage, check=None, keys=(), takes_words=False):
+    """Reads the command line; to be called before TensorFlow, whose import takes seconds.
+
+    --help is answered here, and a mistake ends the program here, with one line and status 2. So do
+    Ctrl-C and SIGTERM, with a line, until run() is called.
+
+    Args:
+        usage: what --help prints above the options: the program's docstring.
+        check: called when the options are known; raises UserError, OSError for a mistake in them.
+        keys: keys of the configuration, which are no options.
+        takes_words: whether the program takes words beside its options.
+    """
+    name = os.path.basename(sys.argv[0])
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_, status=status: _stop_at_once(name, status))
+    if any(word in HELP for word in sys.argv[1:]):
+        print(help_text(usage, name))
+        sys.exit(0)
+    try:
+        _words[:] = parse(name, keys)
+        if _words and not takes_words:
+            raise UserError(f'{_words[0]!r} is not an option; {name} --help lists them')
+        if check is not None:
+            check()
+    except (UserError, OSError) as error:
+        print(f'{name}: {in_a_line(error)}', file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(name, keys):
+    """Parses the options; returns the words beside them. Raises UserError."""
+    try:
+        return flags.FLAGS(sys.argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        option = error.flagname
+        if option in keys:
+            raise UserError(f'--{option} is a key of the configuration, not an option; expected '
+                            f'--set {option}=VALUE') from None
+        near = difflib.get_close_matches(option, our_flags(), 1)
+        raise UserError(f'--{option[:200]} is not an option; ' + (
+            f'did you mean --{near[0]}?' if near else f'{name} --help lists them')) from None
+    except flags.Error as error:
+        text = brief(error)
+        match = re.match('flag --([a-z_]+)=(.*?): ', text)
+        if not match:
+            raise UserError(text) from None
+        expected = EXPECTED[flags.FLAGS[match[1]].flag_type()]
+        raise UserError(f'--{match[1]} must be {expected}, got {match[2]!r}') from None
+
+
+def our_flags():
+    """Returns {option: absl's flag} of what the project defines."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    return {flag.name: flag for module, defined in sorted(by_module.items())
+            if not module.startswith('absl') for flag in defined}
+
+
+def help_text(usage, name):
+    """Returns the usage, then each option that the project defines, with its default."""
+    lines = [(usage or name).strip(), '', 'Options:']
+    for _, flag in sorted(our_flags().items()):
+        text = flag.help.partition(';\n')[0]  # absl adds a line to what may be repeated
+        default = f' (default: {flag.default_as_str})' if flag.default else ''
+        lines += textwrap.wrap(f'--{flag.name}: {text}{default}', 98, initial_indent='  ',
+                               subsequent_indent='      ')
+    return '\n'.join(lines)
+
+
+def in_a_line(error):
+    """Returns what a UserError or an OSError (a full disk, a folder that ...) says, in one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f'{error.filename or "the system"}: {error.strerror or error}'
+
+
+def _stop_at_once(name, status):
+    os.write(2, f'\n{name}: stopped\n'.encode())
+    os._exit(status)
 
 
 def _terminate(*_):
@@ -19,33 +112,32 @@ def _terminate(*_):
 
 
 def run(main, names=None):
-    """Runs main() as an absl program; a user's mistake ends it with one line and exit status 2.
+    """Runs main(); a user's mistake ends it with one line and exit status 2.
 
     Ctrl-C and SIGTERM end it with one line and a shell's usual status, 130 and 143.
 
-    With `names`, the words that the program takes beside its options, it runs main(words given).
+    With `names`, the words that the program takes beside its options, or ANY, it runs main(words
+    given).
     """
+    if not flags.FLAGS.is_parsed():
+        start(None, takes_words=names is not None)
     name = os.path.basename(sys.argv[0])
-
-    def guarded(argv):
-        logging.set_verbosity(logging.WARNING)
-        try:
-            for word in argv[1:]:
-                if names is None:
-                    raise UserError(f'{word!r} is not an option; {name} --help lists them')
-                if word not in names:
-                    raise UserError(f'{word!r} is none of {", ".join(names)}')
-            main() if names is None else main(argv[1:])
-        except UserError as error:
-            print(f'{name}: {error}', file=sys.stderr)
-            sys.exit(2)
-        except OSError as error:  # a full disk, a folder that may not be written, ...
-            print(f'{name}: {error.filename or "the system"}: {error.strerror or error}',
-                  file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt as stop:
-            print(f'\n{name}: stopped', file=sys.stderr)
-            sys.exit(143 if isinstance(stop, Terminated) else 130)
-
+    logging.set_verbosity(logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
-    app.run(guarded)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for word in _words:
+            if names is not ANY and word not in names:
+                raise UserError(f'{word!r} is none of {", ".join(names)}')
+        main() if names is None else main(list(_words))
+    except (UserError, OSError) as error:
+        print(f'{name}: {in_a_line(error)}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f'\n{name}: stopped', file=sys.stderr)
+        with contextlib.suppress(OSError):  # who reads them may be stopped, too
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # At once: an exit joins threads, which may wait for a network, and takes TensorFlow 1 s
+        os._exit(143 if isinstance(stop, Terminated) else 130)

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from running import UserError
-from running.files import replacing
+from running.files import create, plain, replacing
 
 LOG = 'log.jsonl'        # in model_dir: one line a report, the same numbers as on stdout
 CUT_CURVES = 'cut.tmp'   # in model_dir while curves are cut back; TensorBoard does not look at it
@@ -58,6 +58,7 @@ def forget_steps(model_dir, start):
             continue
         temporary = os.path.join(model_dir, CUT_CURVES)
         try:
+            os.close(create(temporary))  # TensorFlow's writer would follow a link
             with in_one_line(path), tf.io.TFRecordWriter(temporary) as writer:
                 for record in kept:
                     writer.write(record)
@@ -131,7 +132,7 @@ def take_lock(path):
         OSError: another process has it, or it cannot be written.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    f = open(path, 'a+', encoding='utf-8', errors='replace')
+    f = open(path, 'a+', encoding='utf-8', errors='replace', opener=plain)
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from running import UserError
-from running.files import naming, replacing
+from running.files import naming, plain, replacing
 from running.progress import progress
 from running.untrusted import read_json
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -195,7 +195,7 @@ def appended(path, array, size, what, label):
         kept = {}
     kept = kept.get('digests') if kept.get('what') == what else None
     digests, done = [], 0
-    with naming(part), open(part, 'r+b', opener=_creating) as f:
+    with naming(part), open(part, 'r+b', opener=plain) as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -232,10 +232,6 @@ def appended(path, array, size, what, label):
                                                  in np.array_split(array, -(-n // size)))]
     if not all(whole):
         raise UserError(f'another program has written to {part}; expected one at a time')
-
-
-def _creating(path, flags):
-    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def finish(path):

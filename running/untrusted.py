@@ -63,9 +63,9 @@ def read_bytes(path, most):
         raise UserError(f'{path} cannot be read: {error.strerror}') from None
 
 
-def read_json(path):
-    """Returns the dict in a JSON file. Raises UserError, with one line, when there is none."""
-    raw = read_bytes(path, MAX_JSON_BYTES)
+def read_json(path, most=MAX_JSON_BYTES):
+    """Returns the dict in a JSON file of `most` bytes. Raises UserError when there is none."""
+    raw = read_bytes(path, most)
     try:
         value = parse_json(raw.decode('utf-8'))
     except UserError as error:

@@ -13,10 +13,9 @@ import zipfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-os.environ['KERAS_BACKEND'] = 'tensorflow'
-os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # the numbers here are a CPU's
 
+import running.quiet  # noqa: E402, F401
 from hypothesis import given, settings  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402

@@ -7,8 +7,8 @@
 All with population norms. Accuracy under ours and theirs, with 95% Wilson intervals; for the
 minimum-norm attacks also the median L2 size on [0, 1] of the perturbations that fool the model.
 FGSM and PGD: foolbox. APGD, on cross-entropy then DLR on what is left: AutoAttack. C&W and
-DeepFool, which are foolbox's in attacks.py: ART, the Adversarial Robustness Toolbox. Random starts
-differ, so single samples do; the accuracies should not.
+DeepFool, which are foolbox's in attacks/minimum_norm.py: ART, the Adversarial Robustness Toolbox.
+Random starts differ, so single samples do; the accuracies should not.
 """
 import os
 import sys
@@ -19,16 +19,17 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from absl import flags  # noqa: E402
 import numpy as np  # noqa: E402
 
-from config import config_from_flags, define_model_flags  # noqa: E402
+from config import choice, config_from_flags, define_model_flags  # noqa: E402
 from running import UserError  # noqa: E402
 from running.program import run  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from attacks import (  # noqa: E402
-    CLEVERHANS_CW, CLEVERHANS_DEEPFOOL, make_attack, num_examples, perturbation_fault)
+from attacks import make_attack, num_examples  # noqa: E402
+from attacks.minimum_norm import CLEVERHANS_CW, CLEVERHANS_DEEPFOOL  # noqa: E402
 from cifar10_input import eval_examples, load_data  # noqa: E402
-from eval import choice, wilson_interval  # noqa: E402
+from eval import wilson_interval  # noqa: E402
 from model import build_model, find_checkpoint  # noqa: E402
+from pgd_attack import perturbation_fault  # noqa: E402
 
 ATTACKS = ('fgsm', 'pgd', 'deepfool', 'apgd', 'cw')
 
@@ -116,9 +117,9 @@ def main():
     config = config_from_flags()
     names = choice('attack', flags.FLAGS.attack, ATTACKS)
     if 'apgd' in names and not flags.FLAGS.autoattack:
-        raise UserError('--autoattack is missing; the folder of a clone of fra31/auto-attack, or '
-                        'an --attack without apgd, would fit')
-    data = load_data(config)
+        raise UserError('--autoattack is missing; expected the folder of a clone of '
+                        'fra31/auto-attack, or an --attack without apgd')
+    data = load_data(config, flags.FLAGS.download)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))

@@ -9,9 +9,9 @@ import sys
 from hypothesis import strategies as st
 import pytest
 
-from attacks import ATTACKS
-from config import (PARTS, SCHEMA, load_config, may_change, parse_setting, relevant,
-                    store_config)
+from attacks import ATTACKS, check_names
+from config import (PARTS, SCHEMA, epsilon_doubt, load_config, may_change, parse_setting,
+                    relevant, store_config)
 from running import UserError
 from running.untrusted import read_json
 from conftest import fuzz
@@ -152,7 +152,6 @@ def test_every_other_configuration_loads(name):
     ('trades_beta', '-1', 'a number from 0'),
     ('eot_draws', '0', 'an integer, 1'),
     ('num_attack_examples', '7', 'an object such as {"cw": 200}'),
-    ('num_attack_examples', '{"pgdd": 7}', 'clean, fgsm, pgd, cw'),
     ('num_attack_examples', '{"cw": 0}', '1 or more'),
     ('dataset', '"mnist"', 'one of cifar10, synthetic'),
     ('precision', '"float16"', 'one of float32, mixed_bfloat16'),
@@ -194,11 +193,13 @@ def test_monstrous_values_are_refused_in_a_line_of_reasonable_length(tmp_path, k
     assert key in message
 
 
-def test_unknown_key_is_named_with_the_keys_there_are(tmp_path):
-    for message in (refusal(write(tmp_path, '{"batch_size": 64}')),
-                    refusal(settings=['batch_size=64'])):
-        assert message.startswith("unknown key 'batch_size'; ")
-        assert all(key in message for key in SCHEMA)
+@pytest.mark.parametrize('key, near', [
+    ('epsilonn', 'did you mean epsilon?'), ('numsteps', 'did you mean num_steps?'),
+    ('traning_mode', 'did you mean training_mode?'),
+    ('xyz', 'docs/configuration.md lists the keys')])
+def test_unknown_key_is_named_with_the_nearest_one(tmp_path, key, near):
+    for message in (refusal(write(tmp_path, f'{{"{key}": 64}}')), refusal(settings=[f'{key}=64'])):
+        assert message == f"unknown key '{key}'; {near}"
 
 
 def test_unknown_key_of_several_lines_is_told_in_one(tmp_path):
@@ -274,6 +275,39 @@ def test_training_that_shapes_nothing_takes_any_batch_size():
         assert config['training_batch_size'] == 63
 
 
+@pytest.mark.parametrize('adversary, beta, fits', [
+    ('pgd', 6, False), ('pgd', 0, True), ('trades', 6, True), ('trades', 0, True)])
+def test_trades_beta_that_would_be_ignored_is_refused(adversary, beta, fits):
+    settings = [f'adversary={adversary}', f'trades_beta={beta}']
+    if fits:
+        assert load_config(settings=settings)['trades_beta'] == beta
+    else:
+        assert refusal(settings=settings).startswith('trades_beta is 6 and adversary pgd, ')
+
+
+@pytest.mark.parametrize('size, ratio, eval_size, fits', [
+    (100, 0, 99, False), (100, 0, 100, True), (1000, 9, 99, False), (1000, 9, 100, True)])
+def test_a_shaped_batch_that_no_evaluation_batch_fills_is_refused(size, ratio, eval_size, fits):
+    settings = [f'shaping_batch_size={size}', f'inference_shaping_ratio={ratio}',
+                f'eval_batch_size={eval_size}']
+    if fits:
+        assert load_config(settings=settings)['eval_batch_size'] == eval_size
+    else:
+        assert '100 test samples in a batch; expected at most eval_batch_size, 99' in refusal(
+            settings=settings)
+
+
+@pytest.mark.parametrize('epsilon, meant', [
+    (0, None), (1, None), (8, None), (0.031, '8'), (0.03137254, '8'), (0.3, '76'), (0.5, '128'),
+    (0.002, '0.51')])
+def test_an_epsilon_of_the_other_scale_is_told_with_the_pixels_meant(epsilon, meant):
+    doubt = epsilon_doubt(float(epsilon))
+    assert (doubt is None) == (meant is None)
+    if meant:
+        assert doubt.startswith(f'epsilon is {epsilon:g}, in pixels of [0, 255]: ')
+        assert doubt.endswith(f', set epsilon={meant}') and '\n' not in doubt
+
+
 # ---- overrides
 
 
@@ -308,9 +342,9 @@ def test_set_takes_json_and_text_where_the_key_wants_text(setting, value):
 
 
 def test_text_for_a_key_that_wants_a_number_is_refused_by_name():
-    assert refusal(settings=['num_steps=ten']).startswith('num_steps is "ten"; an integer')
-    assert refusal(settings=['num_steps=']).startswith('num_steps is ""; an integer')
-    assert refusal(settings=['model_dir=']).startswith('model_dir is ""; the path of a folder')
+    assert refusal(settings=['num_steps=ten']).startswith('num_steps must be an integer')
+    assert refusal(settings=['num_steps=']).endswith(', got ""')
+    assert refusal(settings=['model_dir=']) == 'model_dir must be the path of a folder, got ""'
 
 
 def test_set_without_an_equals_sign_is_told_the_form():
@@ -348,6 +382,12 @@ def test_stored_configuration_is_read_back_as_it_was(tmp_path):
     assert os.listdir(tmp_path) == ['config.json']
     with open(path, encoding='utf-8') as f:
         assert len(f.read().splitlines()) == len(SCHEMA) + 2  # a key a line, for diff
+
+
+def test_attacks_that_do_not_exist_are_named():
+    check_names(load_config(settings=['num_attack_examples={"pgd": 7}']))
+    with pytest.raises(UserError, match="'pgdd'; expected attacks: clean, fgsm, pgd, cw"):
+        check_names(load_config(settings=['num_attack_examples={"pgdd": 7}']))
 
 
 # ---- what a key is part of
@@ -426,6 +466,7 @@ COMMANDS = {
     'missing file': ['--config', 'missing.json'],
     'unknown key': ['--set', 'nonsense=1'],
     'stray word': ['extra'],
+    'other scale': ['--set', 'epsilon=0.031', '--set', 'data_path=nowhere'],
 }
 
 
@@ -447,7 +488,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize('name, said', [
     ('missing file', 'missing.json cannot be read: No such file or directory'),
-    ('unknown key', "unknown key 'nonsense'; the keys are "),
+    ('unknown key', "unknown key 'nonsense'; docs/configuration.md lists the keys"),
     ('stray word', "'extra' is not an option; train.py --help lists them"),
 ])
 def test_train_ends_with_one_line_on_a_mistake(runs, name, said):
@@ -458,3 +499,10 @@ def test_train_ends_with_one_line_on_a_mistake(runs, name, said):
     assert last.startswith(f'train.py: {said}')
     assert not any(line.startswith('train.py:') for line in others)
     assert stdout == ''
+
+
+def test_an_epsilon_of_the_other_scale_is_told_once(runs):
+    _, stderr, _ = runs['other scale']
+    told = [line for line in stderr.splitlines() if 'epsilon' in line]
+    assert told == ['train.py: warning: epsilon is 0.031, in pixels of [0, 255]: less than one '
+                    'pixel; if 0.031 of [0, 1] is meant, set epsilon=8']

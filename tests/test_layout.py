@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from attacks import ATTACKS
 from conftest import ROOT
 from running import unfinished
 
@@ -13,7 +14,7 @@ ROOMS = ('attacks', 'paper', 'running')
 # From the bottom up; what stands in one line may import within that line.
 FLOORS = [
     ('running',), ('config',), ('cifar10_input', 'model', 'shaping'), ('pgd_attack',), ('trades',),
-    ('attacks',), ('eval', 'train'), ('bench', 'fetch_model', 'paper', 'run_attack'),
+    ('attacks',), ('report',), ('eval', 'train'), ('bench', 'fetch_model', 'paper', 'run_attack'),
     ('reproduce',)]
 
 
@@ -41,7 +42,9 @@ def imports(path, known):
 @pytest.fixture(scope='module')
 def graph():
     known = modules()
-    return {name: imports(path, known) for name, path in known.items()}
+    graph = {name: imports(path, known) for name, path in known.items()}
+    graph['attacks'] |= {f'attacks.{maker.partition(".")[0]}' for maker in ATTACKS.values()}
+    return graph
 
 
 def test_no_circle(graph):
@@ -80,9 +83,11 @@ def test_rooms_have_no_rooms():
 
 def test_an_attack_is_one_file_and_one_line():
     """Every file of attacks/ has its line in the table."""
-    from attacks import ATTACKS
     files = {name for name in modules() if name.startswith('attacks.')}
-    assert {maker.__module__ for maker in ATTACKS.values()} == files
+    assert {f'attacks.{maker.partition(".")[0]}' for maker in ATTACKS.values()} == files
+    for file, maker in (maker.split('.') for maker in ATTACKS.values()):
+        tree = ast.parse(Path(ROOT, 'attacks', f'{file}.py').read_text())
+        assert maker in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
 
 
 def test_the_code_that_numbers_depend_on_is_all_of_it():

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from running import UserError
 from conftest import CHECKPOINT, ROOT
-from model import BN_EPSILON, Model, batch_norm_by_group
+from model import BN_EPSILON, Model, batch_norm_by_group, damage
+import train
 
 
 def relative_error(ours, theirs):
@@ -156,6 +157,74 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path, small_model):
     assert '\n' not in str(error.value)
 
 
+# ---- hostile checkpoints
+
+
+@pytest.fixture
+def rewritten(small_model, small_config, tmp_path):
+    """f({name: value}) -> prefix of a training's checkpoint in which these tensors are others."""
+    def write(changes):
+        optimizer = train.make_optimizer(small_config())
+        tensors = {name: v.numpy() for name, v in
+                   small_model.checkpoint_variables(optimizer).items()} | changes
+        prefix = str(tmp_path / 'checkpoint-7')
+        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(tensors),
+                          shape_and_slices=[''] * len(tensors),
+                          tensors=[tf.convert_to_tensor(v) for v in tensors.values()])
+        return prefix
+    return write
+
+
+HOSTILE = {
+    'two steps': ({'global_step': np.array([1, 2])}, 'global_step is int64 .2.; expected one'),
+    'a huge step': ({'global_step': np.int64(2 ** 62)}, 'expected 0 to 2147483647'),
+    'a negative step': ({'global_step': np.int64(-1)}, 'global_step is -1; expected 0 to'),
+    'a step of text': ({'global_step': tf.constant('7')}, 'global_step is string'),
+    'a step that is no integer': ({'global_step': np.float32('nan')}, 'global_step is float32'),
+    'text': ({'logit/biases': tf.constant(['a'] * 10)}, 'logit/biases is of type string; expected'),
+    'integers': ({'logit/biases': np.zeros(10, np.int32)}, 'logit/biases is of type int32'),
+    'NaN': ({'logit/biases': np.full(10, np.nan, np.float32)}, 'logit/biases holds NaN'),
+    'infinity': ({'unit_last/BatchNorm/gamma': np.full(64, np.inf, np.float32)}, 'holds NaN or')}
+
+
+@pytest.mark.parametrize('with_optimizer', [False, True])
+@pytest.mark.parametrize('kind', HOSTILE)
+def test_a_checkpoint_that_no_training_writes_is_refused_and_nothing_is_assigned(
+        rewritten, small_config, kind, with_optimizer):
+    changes, said = HOSTILE[kind]
+    prefix = rewritten(changes)
+    keras.utils.set_random_seed(5)
+    model = Model(1, 1)
+    optimizer = train.make_optimizer(small_config()) if with_optimizer else None
+    before = values(model)
+    with pytest.raises(UserError, match=said) as error:
+        model.load_madry_checkpoint(prefix, optimizer)
+    assert '\n' not in str(error.value) and (prefix in str(error.value) or 'here' in said)
+    assert all((before[name] == v).all() for name, v in values(model).items())
+
+
+def test_velocities_of_nan_are_refused(rewritten, small_config):
+    prefix = rewritten({'logit/DW/Momentum': np.full((64, 10), np.nan, np.float32)})
+    assert Model(1, 1).load_madry_checkpoint(prefix) == 0  # an evaluation does not read them
+    with pytest.raises(UserError, match='logit/DW/Momentum holds NaN'):
+        Model(1, 1).load_madry_checkpoint(prefix, train.make_optimizer(small_config()))
+
+
+@pytest.mark.parametrize('error', [tf.errors.DataLossError(None, None, ''), RuntimeError(),
+                                   OSError(), ValueError(' \n '), UnicodeError()])
+def test_an_error_that_says_nothing_is_told_by_its_kind(small_model, monkeypatch, error):
+    def fail(_):
+        raise error
+    monkeypatch.setattr(tf.train, 'load_checkpoint', fail)
+    with pytest.raises(UserError, match=type(error).__name__):
+        small_model.load_madry_checkpoint(CHECKPOINT)
+    assert type(error).__name__ in damage(CHECKPOINT)
+
+
+@pytest.mark.parametrize('key', ['batch_norms', 'precision'])
+def test_a_mistyped_argument_is_refused(key):
+    with pytest.raises(ValueError, match=f"^{key} must be one of .*, got 'synchronised'$"):
+        Model(1, 1, **{key: 'synchronised'})
 LOAD = '''
 import keras, numpy as np
 import model

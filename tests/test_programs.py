@@ -125,32 +125,49 @@ def test_eval_prints_and_stores_every_cell(trained):
         assert name in stdout
 
 
-def test_watch_evaluates_each_new_checkpoint_until_it_is_stopped(trained, tmp_path):
-    """The folder gets a second checkpoint while eval.py waits; Ctrl-C then ends it quietly."""
-    names = ('checkpoint-{}.index', 'checkpoint-{}.data-00000-of-00001')
-    for name in names:
-        shutil.copy(os.path.join(trained[0], name.format(6)), tmp_path)
+def test_watch_evaluates_every_checkpoint_in_order_and_ends_with_the_last(trained, tmp_path):
+    """4 is there when it starts, 6 and 7 come together while it waits; 7 is the training's last."""
+    def put(*steps):
+        for step in steps:
+            for name in ('checkpoint-{}.data-00000-of-00001', 'checkpoint-{}.index'):
+                shutil.copy(os.path.join(trained[0], name.format(step)), tmp_path / 'new')
+                os.rename(tmp_path / 'new', tmp_path / name.format(step))
+    put(4)
     shutil.copy(os.path.join(trained[0], 'config.json'), tmp_path)
     (tmp_path / 'checkpoint-9.index').write_bytes(b'cut short')  # named, and skipped
     process = subprocess.Popen(
         [sys.executable, os.path.join(ROOT, 'eval.py'), '--watch', '--model_dir', str(tmp_path),
          '--attack', 'clean', '--inference', 'pn'], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE, env={**os.environ, 'PYTHONUNBUFFERED': '1'},
+        stderr=subprocess.PIPE, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+    for line in process.stdout:
+        if line.startswith('Waiting for'):
+            break
+    assert line == (f'Waiting for the next checkpoint in {tmp_path}, after step 4, until step 7\n')
+    put(7, 6)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert [line.split()[1] for line in stdout.splitlines() if line.startswith('Checkpoint')] == [
+        f'{tmp_path}/checkpoint-{step},' for step in (6, 7)]
+    assert stdout.endswith('Step 7 is the last of this training\n')
+    assert stderr.count('checkpoint-9 is damaged and skipped') == 1
+    rows = read_json(tmp_path / 'eval' / 'results.json')['results']
+    assert [row['step'] for row in rows] == [4, 6, 7]
+
+
+def test_watch_is_stopped_quietly(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, 'eval.py'), '--watch', '--set=dataset=synthetic',
+         '--set=num_eval_examples=100', '--set=width_factor=1', f'--set=model_dir={tmp_path}/a'],
+        stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE,
+        env={**os.environ, 'PYTHONUNBUFFERED': '1'},
         # a shell's background job, which these tests may be, ignores SIGINT, and so would its child
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    seen = ''
-    for step in (6, 7):
-        while f'step {step}   ' not in seen or not seen.endswith('Waiting for the next checkpoint'):
-            letter = process.stdout.read(1)
-            assert letter, process.stderr.read()
-            seen += letter
-        if step == 6:
-            for name in reversed(names):
-                shutil.copy(os.path.join(trained[0], name.format(7)), tmp_path)
+    assert process.stdout.readline() == (f'Waiting for the first checkpoint in {tmp_path}/a, until '
+                                         'its config.json says which step is the last\n')
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and 'Traceback' not in stderr
-    assert 'eval.py: stopped' in stderr and 'checkpoint-9 is damaged and skipped' in stderr
+    assert 'eval.py: stopped' in stderr and os.listdir(tmp_path) == []
 
 
 def test_stored_attack_is_scored_as_eval_scores_it(trained, tmp_path):
@@ -165,7 +182,8 @@ def test_stored_attack_is_scored_as_eval_scores_it(trained, tmp_path):
     assert pred.shape == (150,) and pred.dtype == np.int64
     program('eval.py', '--model_dir', folder, '--attack', 'pgd', '--inference', 'pn')
     with open(f'{folder}/eval/results.json') as f:
-        accuracy = json.load(f)['results'][0]['accuracy']
+        accuracy, = (r['accuracy'] for r in json.load(f)['results']
+                     if (r['attack'], r['inference']) == ('pgd', 'pn'))
     assert f'Accuracy: {100 * accuracy:.2f}%' in stdout
     status, stdout, _ = program('run_attack.py', '--model_dir', folder,
                                 '--inference', 'bn_shaping', cwd=tmp_path)
@@ -190,19 +208,63 @@ def test_eval_takes_the_originals_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize('arguments, named', [
+    ([], 'model_dir models/a_very_robust_model holds no checkpoint'),  # nor downloads anything
     (['--model_dir', 'nowhere'], 'nowhere/config.json'),
     (['--set=model_dir=nowhere', '--set=dataset=synthetic', '--set=num_eval_examples=9'],
      'model_dir nowhere holds no checkpoint'),
     (['--attack', 'pgdd'], 'pgdd'),
-    (['--set=dataset=synthetic'], 'num_eval_examples')])
+    (['--checkpoint', CHECKPOINT, '--set=dataset=synthetic', '--set=width_factor=1'],
+     'num_eval_examples'),
+    (['--checkpoint', CHECKPOINT, '--set=dataset=synthetic', '--set=num_eval_examples=9',
+      '--set=width_factor=2'], '--model_dir DIR takes the configuration'),
+    (['--num_draws', '10', '--inference', 'pn,bn'], '--num_draws is 10, but --inference bn,pn'),
+    (['--compare', '--attack', 'pgd'], '--attack'),
+    (['pgd'], "'pgd' is not an option"),
+    (['--pictures', 'samples.gif'], 'expected the path of a .png file'),
+    (['--output', 'file/results.json'], 'file/results.json cannot be written: Not a directory'),
+    (['--set=model_dir=file'], 'file/eval/results.json cannot be written: Not a directory')])
 def test_evals_mistakes_are_told_in_one_line(tmp_path, arguments, named):
+    (tmp_path / 'file').touch()
     status, _, stderr = program('eval.py', *arguments, cwd=tmp_path)
     assert status != 0 and len(stderr) == 1 and named in stderr[0]
-    assert not os.path.exists(tmp_path / 'nowhere')  # a mistake leaves nothing behind
+    assert os.listdir(tmp_path) == ['file']  # a mistake leaves nothing behind
+
+
+def test_a_model_in_a_folder_that_cannot_be_written_is_evaluated_with_output(trained, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder, tmp_path / 'model', ignore=shutil.ignore_patterns('eval'))
+    (tmp_path / 'model' / 'eval').touch()  # in the way, also of root
+    before = sorted(os.listdir(tmp_path / 'model'))
+    arguments = ['--model_dir', str(tmp_path / 'model'), '--attack', 'clean', '--inference', 'pn']
+    status, stdout, stderr = program('eval.py', *arguments)
+    assert status == 2 and len(stderr) == 1 and stdout == ''
+    assert 'eval/results.json cannot be written' in stderr[0] and '--output PATH' in stderr[0]
+    output = tmp_path / 'new' / 'results.json'
+    status, _, stderr = program('eval.py', *arguments, '--output', str(output))
+    assert status == 0, stderr
+    assert len(read_json(output)['results']) == 1 and os.listdir(tmp_path / 'new') == [output.name]
+    assert sorted(os.listdir(tmp_path / 'model')) == before
+
+
+def test_two_results_side_by_side(trained, tmp_path):
+    """eval.py --compare, with results of two settings of one training."""
+    folder, _ = trained
+    for steps in (1, 2):
+        status, _, stderr = program(
+            'eval.py', '--model_dir', folder, '--attack', 'pgd', '--inference', 'pn', '--output',
+            str(tmp_path / f'{steps}.json'), '--pictures', str(tmp_path / 'samples.png'),
+            settings=[f'num_steps={steps}', 'num_eval_examples=20', 'fgsm_epsilon=4'])
+        assert status == 0 and (tmp_path / 'samples.png').read_bytes()[:4] == b'\x89PNG'
+        assert stderr == []  # what has no effect is told, but is no error
+    status, stdout, stderr = program('eval.py', '--compare', str(tmp_path / '1.json'),
+                                     str(tmp_path / '2.json'))
+    assert status == 0, stderr
+    assert [line.split()[:3] for line in stdout.splitlines() if line.startswith('pgd')] == [
+        ['pgd,', 'pn,', 'num_steps=1'], ['pgd,', 'pn,', 'num_steps=2']]
 
 
 @pytest.mark.parametrize('spoil, named', [
-    (lambda x: x[:5], r'shape \[5, 32, 32, 3\]; \[10, 32, 32, 3\]'),
+    (lambda x: x[:5], r'shape \[5, 32, 32, 3\]; expected \[10, 32, 32, 3\]'),
     (lambda x: x.astype(np.int32), 'int32'),
     (lambda x: x.astype('S8'), 'S8'),
     (lambda x: x.astype(object), 'not a .npy file of numbers'),

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from paper import experiments
-from paper import published
-from paper import population_norms
-import reproduce
 from attacks import ATTACKS
-from config import load_config
-from running import UserError
+from config import load_config, store_config
 from conftest import ROOT
+from paper import cells, checks, claims, experiments, intervals, population_norms, published, tables
+from paper.cells import Evaluations, StoredEvaluations, right_of
+from paper.published import (ADV_ONLY, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
+                             PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, Accuracy, Training)
+from paper.tables import TABLES
+from paper.trainings import config_of, train_if_missing
 from pgd_attack import LinfPGDAttack
+from running import UserError
+from running.unfinished import data_digest
 from shaping import INFERENCE_MODES
 from test_programs import program
 
@@ -26,22 +29,20 @@ TINY = ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'training
         'num_eval_examples=20', 'eval_batch_size=20', 'apgd_num_steps=1', 'eot_draws=1']
 
 
-def test_the_papers_figures_are_there_for_every_cell():
-    for table in reproduce.PAPER_TABLES.values():
-        assert list(table) == list(reproduce.MODES)
+def test_the_papers_numbers_are_there_for_every_cell():
+    for table in PAPER_TABLES.values():
+        assert list(table) == list(MODES)
         for rows in table.values():
-            assert sorted(rows) == sorted(reproduce.ATTACK_ROWS)
-            assert all(len(row) == len(INFERENCE_MODES) for row in rows.values())
-    assert all(len(row) == len(reproduce.INFERENCE_RATIOS)
-               for row in reproduce.PAPER_RATIOS.values())
-    assert set(reproduce.ATTACK_ROWS + reproduce.OWN_ROWS) <= set(ATTACKS)
+            assert sorted(rows) == sorted(PAPER_ATTACKS)
+            assert all(len(row) == len(INFERENCES) for row in rows.values())
+    assert set(INFERENCES) <= set(INFERENCE_MODES)
+    assert all(len(row) == len(INFERENCE_RATIOS) for row in PAPER_RATIOS.values())
+    assert set(PAPER_ATTACKS + tables.OWN_ATTACKS) <= set(ATTACKS)
 
 
 def test_trainings_are_the_papers(small_config):
     config = small_config(training_batch_size=64, model_dir='m')
-    trainings = {}
-    for target in reproduce.TARGETS:
-        trainings |= reproduce.trainings_of(target, config)
+    trainings = tables.trainings_of(TABLES.values(), config)
     assert len(trainings) == 12  # three modes twice, three more ratios, two with another seed, and
     assert trainings['pgd_natural']['training_mode'] == 'natural'  # one for the claims
     two = trainings['pgd_shaping_in_attack_and_training_2to1']
@@ -54,62 +55,98 @@ def test_trainings_are_the_papers(small_config):
         assert name.startswith(f'{of_training["adversary"]}_{of_training["training_mode"]}')
         if of_training['shaping_ratio'] != 2:
             assert of_training['training_batch_size'] == 64
-    with pytest.raises(UserError, match='training_batch_size is 2; at least 4'):
-        reproduce.training({**config, 'training_batch_size': 2}, 'pgd', reproduce.MAIN, 3)
+    with pytest.raises(UserError, match='training_batch_size must be at least 4 .* got 2'):
+        config_of(Training('pgd', NORM_SHAPING, 3), {**config, 'training_batch_size': 2})
+
+
+def test_a_model_that_is_there_is_not_trained_again(tmp_path, small_model, small_config,
+                                                    monkeypatch):
+    monkeypatch.setattr('paper.trainings.run_to_its_end', lambda command: pytest.fail('trained'))
+    small_model.save_madry_checkpoint(tmp_path / 'checkpoint-7', global_step=7)
+    config = small_config(model_dir=str(tmp_path), max_num_training_steps=7)
+    store_config(config, str(tmp_path / 'config.json'))
+    train_if_missing('it', config, config)
+    with pytest.raises(UserError, match='max_num_training_steps must be at least 7, .* got 6; or'):
+        train_if_missing('it', {**config, 'max_num_training_steps': 6}, config)
+    with pytest.raises(UserError, match=r'holds another training: epsilon \(was 8.0, is 9.0\)'):
+        train_if_missing('it', {**config, 'epsilon': 9.}, config)
+
+
+def test_train_py_is_told_what_differs_from_the_command_line(tmp_path, small_config, monkeypatch,
+                                                             capsys):
+    commands = []
+    monkeypatch.setattr('paper.trainings.run_to_its_end',
+                        lambda command: commands.append(command) or 1)
+    config = small_config(model_dir=str(tmp_path), training_batch_size=64)
+    of_training = config_of(Training('trades', NORM_SHAPING, 2, 1), config)
+    with pytest.raises(UserError, match='the training of it exited with status 1; the same'):
+        train_if_missing('it', of_training, config, ['--config', 'a.json', '--set', 'num_steps=2'])
+    arguments = commands[0][2:]
+    assert arguments[:4] == ['--config', 'a.json', '--set', 'num_steps=2']
+    assert dict(setting.split('=') for setting in arguments[5::2]) == {
+        'adversary': '"trades"', 'shaping_ratio': '2', 'training_batch_size': '63',
+        'tf_random_seed': str(config['tf_random_seed'] + 1),
+        'np_random_seed': str(config['np_random_seed'] + 1),
+        'model_dir': json.dumps(of_training['model_dir'])}
+    assert os.path.samefile(commands[0][1], os.path.join(ROOT, 'train.py'))
+    assert '    python train.py --config a.json' in capsys.readouterr().out
 
 
 @pytest.fixture
-def cells(tmp_path, small_model, small_config, data, monkeypatch):
-    """The cells of a training whose model is the untrained small one."""
+def evaluations(tmp_path, small_model, small_config, data):
+    """The evaluations of a training whose model is the untrained small one."""
     config = small_config(num_eval_examples=20, model_dir=str(tmp_path),
                           max_num_training_steps=7)
     small_model.save_madry_checkpoint(tmp_path / 'checkpoint-7', global_step=7)
-    return reproduce.Cells('pgd_adv_only', config, data, reproduce.data_digest(data), small_model,
-                           str(tmp_path / 'cells'))
+    return Evaluations('pgd_adv_only', config, data, data_digest(data), small_model,
+                       str(tmp_path / 'cells'))
 
 
-def test_a_cell_is_computed_once_and_again_only_for_other_settings(cells, monkeypatch):
+def test_an_evaluation_is_computed_once_and_again_only_for_other_settings(evaluations,
+                                                                          monkeypatch):
     counted = []
-    original = reproduce.evaluate_attack
-    monkeypatch.setattr(reproduce, 'evaluate_attack',
+    original = cells.evaluate_attack
+    monkeypatch.setattr(cells, 'evaluate_attack',
                         lambda *args: counted.append(args[0]) or original(*args))
-    first = cells.attack('pgd')
-    assert cells.attack('pgd') == first and counted == ['pgd']
-    cells.config = {**cells.config, 'model_dir': 'moved', 'num_output_steps': 7,
-                    'apgd_num_steps': 9, 'num_attack_examples': {'cw': 3}}  # no matter to PGD
-    assert cells.attack('pgd') == first and counted == ['pgd']
-    assert cells.attack('pgd', num_steps=1) != first and len(counted) == 2
-    cells.config = {**cells.config, 'num_attack_examples': {'pgd': 3}}
-    assert cells.attack('pgd')['results'][0]['num_examples'] == 3 and len(counted) == 3
+    first = evaluations.attack('pgd')
+    assert evaluations.attack('pgd') == first and counted == ['pgd']
+    evaluations.config = {**evaluations.config, 'model_dir': 'moved', 'num_output_steps': 7,
+                          'apgd_num_steps': 9, 'num_attack_examples': {'cw': 3}}  # none is PGD's
+    assert evaluations.attack('pgd') == first and counted == ['pgd']
+    assert evaluations.attack('pgd', num_steps=1) != first and len(counted) == 2
+    evaluations.config = {**evaluations.config, 'num_attack_examples': {'pgd': 3}}
+    assert evaluations.attack('pgd')['results'][0]['num_examples'] == 3 and len(counted) == 3
     right = first['right'][0]
     assert right.count('1') / 20 == first['results'][0]['accuracy'] and len(right) == 20
-    assert len(os.listdir(cells.folder)) == 3
+    assert len(os.listdir(evaluations.folder)) == 3
 
 
-def test_stored_cells_give_the_same_figures_without_weights_or_images(cells):
-    clean, pgd = cells.attack('clean'), cells.attack('pgd', num_steps=1)
-    stored = reproduce.StoredCells(cells.name, cells.config, cells.folder)
+def test_stored_evaluations_give_the_same_numbers_without_weights_or_images(evaluations):
+    clean, pgd = evaluations.attack('clean'), evaluations.attack('pgd', num_steps=1)
+    stored = StoredEvaluations(evaluations.name, evaluations.config, evaluations.folder)
     assert stored.attack('clean') == clean and stored.attack('pgd', num_steps=1) == pgd
     with pytest.raises(UserError, match='holds no pgd-num_steps-3 of pgd_adv_only'):
         stored.attack('pgd', num_steps=3)
     with pytest.raises(UserError, match='holds no clean of pgd_shaping'):
-        reproduce.StoredCells('pgd_shaping', cells.config, cells.folder).attack('clean')
+        StoredEvaluations('pgd_shaping', evaluations.config, evaluations.folder).attack('clean')
 
 
-def test_the_papers_claims_are_its_figures():
-    shown = [published.paper_accuracy(more) - published.paper_accuracy(less)
-             for _, _, more, *same, less in published.CLAIMS if not same]
+def test_the_papers_claims_are_its_numbers():
+    shown = [published.paper_accuracy(claim.higher) - published.paper_accuracy(claim.lower)
+             for claim in published.CLAIMS if not claim.same]
     # All of TRADES: under shaping; of shaping in training alone, under cw and deepfool
     assert sum(difference < 0 for difference in shown) == 3
     assert min(abs(difference) for difference in shown) > 0.005
-    for _, words, more, *same, less in published.CLAIMS:
-        if same:
-            of_more, of_less = map(published.paper_accuracy, (more, less))
-            assert abs(of_more - of_less) < 0.013, words
-    assert len({words for _, words, *_ in published.CLAIMS}) == len(published.CLAIMS)
-    assert published.paper_accuracy((7, 9)) == 0.781
-    with pytest.raises(KeyError):
-        published.paper_accuracy(('pgd', 'adv_only', 'adaptive', 'bn_shaping'))
+    for claim in published.CLAIMS:
+        if claim.same:
+            higher, lower = map(published.paper_accuracy, (claim.higher, claim.lower))
+            assert abs(higher - lower) < 0.013, claim.words
+    assert len({claim.words for claim in published.CLAIMS}) == len(published.CLAIMS)
+    ratio_7 = Training('pgd', NORM_SHAPING, 7)
+    assert published.paper_accuracy(Accuracy(ratio_7, 'pgd', 'bn_shaping', 9)) == 0.781
+    for training, attack in ((Training('pgd', ADV_ONLY), 'adaptive'), (ratio_7, 'pgd')):
+        with pytest.raises(KeyError):
+            published.paper_accuracy(Accuracy(training, attack, 'bn_shaping'))
 
 
 @pytest.mark.parametrize('paper_says, interval, same, word', [
@@ -119,53 +156,55 @@ def test_the_papers_claims_are_its_figures():
     (0., (-0.01, 0.02), True, 'seen'), (0., (-0.03, 0.01), True, 'open'),
     (0., (-0.2, -0.1), True, 'contradicted'), (0., (0.03, 0.1), True, 'contradicted')])
 def test_a_verdict_is_the_place_of_the_interval(paper_says, interval, same, word):
-    assert reproduce.verdict(paper_says, interval, same) == word
+    assert claims.verdict(paper_says, interval, same) == word
 
 
-def test_claims_compare_the_same_samples(cells):
-    """On one model in all places, each claim's difference is that of its two cells' samples."""
-    names = reproduce.trainings_of('claims', cells.config)
-    table = reproduce.claims_table(cells.config, dict.fromkeys(names, FewAttacks(cells)))
-    rows = {row[1]: row for row in (line.split(' | ') for line in table.splitlines()[2:])
-            if len(row) == 5}
-    assert len(rows) == len(published.CLAIMS)
-    a, b = (reproduce.right_of(cells.attack('pgd'), i) for i in (2, 1))
+def test_claims_compare_the_same_samples(evaluations):
+    """On one model in all places, each claim's difference is that of the same samples."""
+    names = tables.trainings_of([TABLES['claims']], evaluations.config)
+    rows = claims.claim_rows(evaluations.config, dict.fromkeys(names, FewAttacks(evaluations)))
+    assert len(rows) == len(published.CLAIMS) and {len(row) for row in rows} == {5}
+    rows = {row[1]: row for row in rows}
+    a, b = (right_of(evaluations.attack('pgd'), inference) for inference in ('bn_shaping', 'pn'))
+    assert (a == (np.array([*evaluations.attack('pgd')['right'][2]]) == '1')).all()
     row = rows['PGD, under `pgd`: the norm-shaped model is more robust by `bn_shaping` than by '
                '`pn`']
     assert row[2] == '+78.6' and row[3].startswith(f'{100 * (a.mean() - b.mean()):+.1f} [')
     assert '(n = 10)' in rows['PGD, under `cw`: norm shaping is more robust than the default'][3]
     row = rows['TRADES, under `shaping`: the default is more robust than norm shaping']
-    assert row[2] == '-0.9' and row[4].endswith('the paper\'s own figures do not show it |')
+    assert row[2] == '-0.9' and row[4].endswith("the paper's own numbers do not show it")
     assert rows['natural training is more accurate than the default'][2] == '+6.1'
 
 
 class FewAttacks:
-    """Cells in which the slow attacks are short ones under another name."""
+    """Evaluations in which the slow attacks are short ones under another name."""
 
-    def __init__(self, cells):
-        self.cells = cells
+    def __init__(self, evaluations):
+        self.evaluations = evaluations
 
     def attack(self, name, *args):
         if name in ('cw', 'deepfool'):
-            cell = self.cells.attack('fgsm', *args)
-            return {'right': [right[:10] if name == 'cw' else right for right in cell['right']]}
-        return self.cells.attack('pgd' if name.startswith('adaptive') else name, *args)
+            found = self.evaluations.attack('fgsm', *args)
+            return {**found, 'right': [right[:10] if name == 'cw' else right
+                                       for right in found['right']]}
+        return self.evaluations.attack('pgd' if name.startswith('adaptive') else name, *args)
 
 
-def stored_sections():
-    """Returns {file in results: (what it holds, what reproduce.py makes of the stored figures)}."""
+@pytest.fixture(scope='module')
+def sections():
+    """{file in results: (what it holds, what is made of the stored numbers)}"""
     found = {}
     for path in sorted(Path(ROOT, 'results').glob('*/*.md')):
         config = load_config(path.parent / 'config.json')
-        cells = {name: reproduce.StoredCells(name, of_training, path.parent / 'cells')
-                 for name, of_training in reproduce.trainings_of(path.stem, config).items()}
+        table = TABLES[path.stem]
+        stored = {name: StoredEvaluations(name, of_training, path.parent / 'cells')
+                  for name, of_training in tables.trainings_of([table], config).items()}
         found[f'{path.parent.name}/{path.name}'] = (
-            path.read_text(), reproduce.section(path.stem, config, cells))
+            path.read_text(), tables.section(table, config, stored))
     return found
 
 
-def test_the_results_are_made_of_the_figures_that_are_stored():
-    sections = stored_sections()
+def test_the_results_are_made_of_the_numbers_that_are_stored(sections):
     assert sections
     for name, (stored, made) in sections.items():
         assert stored == made, name
@@ -175,17 +214,28 @@ def test_the_results_are_made_of_the_figures_that_are_stored():
     assert shown and set(shown) <= lines
 
 
-class MadeUpCells:
-    """Cells whose attacks leave as many of 1,000 samples as left(attack, settings) says."""
+def test_a_table_is_one_record(sections):
+    """Each row is as wide as its header, and each file has a name of its own."""
+    plots = [plot for table in TABLES.values() for plot in table.plots]
+    assert len({*plots, *TABLES}) == len(plots) + len(TABLES)
+    assert {Path(name).stem for name in sections} == set(TABLES)
+    for name, (_, made) in sections.items():
+        widths = {line.count(' | ') for line in made.splitlines() if line.startswith('| ')}
+        assert widths == {len(TABLES[Path(name).stem].header) - 1}, name
+
+
+class MadeUp:
+    """Evaluations whose attacks leave as many of 1,000 samples as left(attack, settings) says."""
 
     name = 'made up'
 
     def __init__(self, left):
         self.left = left
 
-    def attack(self, name, modes=INFERENCE_MODES, **settings):
+    def attack(self, name, inferences=INFERENCES, **settings):
         n = self.left(name, settings)
-        return {'right': ['1' * n + '0' * (1000 - n)] * len(modes)}
+        return {'results': [{'inference': inference} for inference in inferences],
+                'right': ['1' * n + '0' * (1000 - n)] * len(inferences)}
 
 
 def sound(attack, settings):
@@ -199,11 +249,11 @@ def sound(attack, settings):
 
 @pytest.mark.parametrize('broken, fault', [
     (None, None),
-    (lambda attack, s: 850 if s.get('num_steps') == 50 else None, 'more num_steps never help; at '
-                                                                 'worst 50 over 20'),
+    (lambda attack, s: 850 if s.get('num_steps') == 50 else None,
+     'accuracy does not rise with num_steps; closest: 50 against 20'),
     (lambda attack, s: 650 if s.get('epsilon') == 32 and attack == 'adaptive' else None,
-     '`adaptive` under `bn_shaping`: more epsilon never help; at worst 32 over 16'),
-    (lambda attack, s: 1 if s.get('epsilon') == 64 else None, 'nothing is left at epsilon 64'),
+     '`adaptive` under `bn_shaping`: accuracy does not rise with epsilon; closest: 32 against 16'),
+    (lambda attack, s: 1 if s.get('epsilon') == 64 else None, 'accuracy is 0 at epsilon 64'),
     (lambda attack, s: 640 if attack == 'random' else None, 'random perturbations'),
     (lambda attack, s: 720 if attack == 'adaptive' and not s else None,
      '`adaptive` under `bn_shaping` is as strong as `pgd`')])
@@ -212,11 +262,11 @@ def test_the_checks_fail_where_an_attack_is_not_sound(broken, fault, small_confi
         found = broken(attack, settings) if broken else None
         return sound(attack, settings) if found is None else found
     config = small_config(num_steps=10)
-    names = reproduce.trainings_of('checks', config)
-    rows = reproduce.checks_table(config, dict.fromkeys(names, MadeUpCells(left))).splitlines()[2:]
-    assert len(rows) == 2 * 9 + 6
-    failed = [row for row in rows if '**fails**' in row]
-    assert (not failed) if fault is None else failed and all(fault in row for row in failed)
+    names = tables.trainings_of([TABLES['checks']], config)
+    rows = checks.check_rows(config, dict.fromkeys(names, MadeUp(left)))
+    assert len(rows) == 2 * 9 + 6 and {row[-1] for row in rows} <= {'holds', '**fails**'}
+    failed = [row for row in rows if row[-1] == '**fails**']
+    assert (not failed) if fault is None else failed and all(fault in row[1] for row in failed)
 
 
 def test_each_rule_gives_the_population_norms_that_it_names(small_model, small_config, data,
@@ -260,45 +310,52 @@ def test_each_rule_gives_the_population_norms_that_it_names(small_model, small_c
     assert all((a == b.numpy()).all() for a, b in zip(weights, small_model.trainable_variables))
 
 
-def test_a_cell_with_other_population_norms_is_another_cell_and_leaves_the_model(cells):
-    trained = cells.attack('clean', ('pn',))
-    other = cells.attack('clean', ('pn',), norms='last batch')
+def test_other_population_norms_are_another_evaluation_and_leave_the_model(evaluations):
+    trained = evaluations.attack('clean', ('pn',))
+    other = evaluations.attack('clean', ('pn',), norms='last batch')
     assert other['results'][0]['xent'] != trained['results'][0]['xent']
-    again = reproduce.Cells(cells.name, cells.config, cells.data, cells.digests[1], cells.model,
-                            cells.folder + '2').attack('clean', ('pn',))
-    assert again['results'][0]['xent'] == trained['results'][0]['xent']
+    again = Evaluations(evaluations.name, evaluations.config, evaluations.data,
+                        evaluations.digests[1], evaluations.model, evaluations.folder + '2')
+    assert again.attack('clean', ('pn',))['results'][0]['xent'] == trained['results'][0]['xent']
 
 
-def test_a_stop_in_the_middle_of_a_cell_leaves_no_cell(cells, monkeypatch):
+def test_a_stop_in_the_middle_of_an_evaluation_leaves_none(evaluations, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(reproduce, 'evaluate_attack', stopped)
+        m.setattr(cells, 'evaluate_attack', stopped)
         with pytest.raises(KeyboardInterrupt):
-            cells.attack('clean')
-    assert not os.path.exists(cells.folder) or os.listdir(cells.folder) == []
-    assert cells.attack('clean')['results']
+            evaluations.attack('clean')
+    assert not os.path.exists(evaluations.folder) or os.listdir(evaluations.folder) == []
+    assert evaluations.attack('clean')['results']
 
 
-def test_ratios_are_judged_one_by_one_and_none_at_all_is_the_batch_itself(cells):
-    results = cells.attack('pgd', ('bn_shaping',), reproduce.INFERENCE_RATIOS)['results']
-    assert [r['inference_shaping_ratio'] for r in results] == list(reproduce.INFERENCE_RATIOS)
-    alone = cells.attack('pgd', ('bn',))['results'][0]
+def test_ratios_are_judged_one_by_one_and_none_at_all_is_the_batch_itself(evaluations):
+    evaluation = evaluations.attack('pgd', ('bn_shaping',), INFERENCE_RATIOS)
+    results = evaluation['results']
+    assert [r['inference_shaping_ratio'] for r in results] == list(INFERENCE_RATIOS)
+    alone = evaluations.attack('pgd', ('bn',))['results'][0]
     assert results[0]['xent'] == pytest.approx(alone['xent'])  # 1:0, 20 test samples in one batch
     assert len({r['xent'] for r in results}) == len(results)
+    for ratio, result in zip(INFERENCE_RATIOS, results):
+        assert cells.result_of(evaluation, 'bn_shaping', ratio) is result
+        assert right_of(evaluation, 'bn_shaping', ratio).mean() == result['accuracy']
+    for missing in (('bn_shaping', 2), ('pn', None)):
+        with pytest.raises(KeyError):
+            cells.result_of(evaluation, *missing)
 
 
-def test_other_weights_or_images_are_other_cells(cells, data, small_model):
-    before = cells.attack('clean')
+def test_other_weights_or_images_are_other_evaluations(evaluations, data, small_model):
+    before = evaluations.attack('clean')
     def again():
-        return reproduce.Cells(cells.name, cells.config, data, reproduce.data_digest(data),
-                               small_model, cells.folder).attack('clean')
+        return Evaluations(evaluations.name, evaluations.config, data, data_digest(data),
+                           small_model, evaluations.folder).attack('clean')
     assert again() == before
     data.eval_data.xs[0, 0, 0, 0] ^= 1
     assert again() != before
     data.eval_data.xs[0, 0, 0, 0] ^= 1
     small_model.variables_by_name['logit/biases'].assign_add(tf.one_hot(3, 10))
-    small_model.save_madry_checkpoint(cells.checkpoint, global_step=7)
+    small_model.save_madry_checkpoint(evaluations.checkpoint, global_step=7)
     assert again() != before
 
 
@@ -306,7 +363,7 @@ def test_excess_is_the_ratio_of_means_with_an_interval_around_it():
     rng = np.random.default_rng(0)
     b = rng.uniform(1, 2, 500)
     a = 1.63 * b + rng.normal(0, 0.05, 500)
-    value, (low, high) = experiments.excess(a, b)
+    value, (low, high) = intervals.excess(a, b)
     assert value == pytest.approx(0.63, abs=0.01) and low < value < high
     assert high - low < 0.02
 
@@ -374,7 +431,7 @@ def test_norm_shifts_are_distances_of_batch_statistics(small_model, small_config
 
 
 @pytest.mark.slow
-def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(tmp_path):
+def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tmp_path):
     """All but Tables I and II, their checks and the sweeps, from nothing, one step of training."""
     targets = ['table3', 'table4', 'confoundings', 'shifts', 'norms', 'gap']
     settings = [*TINY, f'model_dir={tmp_path}/m']
@@ -405,17 +462,21 @@ def test_the_program_makes_tables_and_figures_and_a_second_run_computes_nothing(
 
 
 @pytest.mark.parametrize('arguments, settings, fault', [
-    ([], [], 'nothing to reproduce; one or more of table1, table2'),
+    ([], [], 'nothing to reproduce; expected one or more of table1, table2'),
     (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, shifts, "
                      'sweeps, seeds, norms, gap, checks, claims, all'),
-    (['table1'], ['training_mode=natural'], 'training_mode and adversary are what the tables vary'),
-    (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; at most 2000'),
+    (['table1'], ['training_mode=natural'], 'training_mode must be shaping_in_attack_and_training '
+     'and adversary pgd, as the tables vary them, got natural and pgd'),
+    (['gap'], ['shaping_batch_size=5560'], 'shaping_batch_size is 5560, 5004 of them clean '
+     'samples at 9:1; expected at most 5000, half the training images'),
+    (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; expected at most 2000'),
     (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and Table IV asks for 49:1'),
     (['claims'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and Table IV asks for 49:1'),
     (['seeds'], ['eval_batch_size=22'], 'eval_batch_size is 22, shaping_ratio 3: .* 20 or 24'),
     (['table2'], ['eval_batch_size=22'], 'eval_batch_size is 22, shaping_ratio 3: .* 20 or 24'),
-    (['confoundings'], ['num_eval_examples=15'], 'num_eval_examples is 15; at least'),
-    (['confoundings'], ['epsilon=0'], 'epsilon is 0: no perturbation to compare')])
+    (['confoundings'], ['num_eval_examples=15'], 'num_eval_examples must be at least '
+     'training_batch_size, 16, got 15'),
+    (['confoundings'], ['epsilon=0'], 'epsilon must be above 0, or there is no perturbation .*0')])
 def test_mistakes_are_told_in_one_line(arguments, settings, fault, tmp_path):
     status, _, errors = program('reproduce.py', *arguments, settings=[
         *TINY, f'model_dir={tmp_path}/m', *settings])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -15,7 +16,8 @@ from config import load_config, store_config
 from running import UserError
 from running.program import STOPPED
 from conftest import CHECKPOINT, ROOT
-from model import checkpoints, damage, find_checkpoint
+from cifar10_input import load_data
+from model import Model, checkpoints, damage, find_checkpoint
 from running import resume
 from running.resume import take_lock
 import spoil
@@ -157,8 +159,88 @@ def test_what_differs_is_listed_all_of_it(tmp_path, small_config):
     assert not any(key in str(error.value) for key in ('_steps', 'eval'))
 
 
-def test_what_may_change_names_keys_that_there_are():
-    assert set(train.MAY_CHANGE) < set(load_config())
+def test_a_finished_training_is_not_stored_as_a_shorter_one(copied):
+    with open(f'{copied}/config.json', encoding='utf-8') as f:
+        before = f.read()
+    status, _, stderr = run(copied, steps=STEPS - 10)
+    assert status == 2
+    assert stderr == [f'train.py: {copied} holds a training of 30 steps, and '
+                      'max_num_training_steps is 20; expected 30 or more, or another model_dir']
+    with open(f'{copied}/config.json', encoding='utf-8') as f:
+        assert f.read() == before
+
+
+def test_a_checkpoint_knows_its_training_without_config_json(copied):
+    os.remove(f'{copied}/config.json')
+    status, _, stderr = run(copied, 'epsilon=4', 'momentum=0.8')
+    assert status == 2 and stderr == [
+        f'train.py: {copied} holds another training: momentum (was 0.9, is 0.8), epsilon (was 8.0, '
+        'is 4.0); expected another model_dir']
+    assert not os.path.exists(f'{copied}/config.json')
+    status, _, stderr = run(copied, 'num_output_steps=7', steps=STEPS + 1)
+    assert status == 0, stderr
+
+
+def origin_of(folder, **changes):
+    """Returns the origin of the training in a folder, or of one with other keys, and its data."""
+    config = {**load_config(f'{folder}/config.json'), **changes}
+    data = load_data(config)
+    return config, data, train.make_origin(config, data)
+
+
+def test_other_images_are_refused(copied):
+    config, data, origin = origin_of(copied)
+    prefix = f'{copied}/checkpoint-30'
+    train.check_same_origin(config, prefix, origin)
+    data.train_data.xs[123, 4, 5, 0] ^= 1
+    with pytest.raises(UserError, match=f'^{prefix} was trained on other images or labels than '
+                       'data_path cifar10_data holds; expected the same, or another model_dir$'):
+        train.check_same_origin(config, prefix, train.make_origin(config, data))
+
+
+def test_a_checkpoint_of_an_older_version_resumes_as_before(copied, whole):
+    """It has no record of its training. The next checkpoint has one."""
+    for step in (25, 30):
+        os.remove(f'{copied}/checkpoint-{step}.index')
+    prefix = f'{copied}/checkpoint-20'
+    rewrite(prefix, {train.TRAINING: None, train.IMAGES: None})
+    status, stdout, stderr = run(copied)
+    assert status == 0 and kills.resumed_from(stdout) == 20, stderr
+    assert kills.differences(copied, whole, STEPS) == []
+
+
+def rewrite(prefix, changes):
+    """Writes a checkpoint anew with some tensors changed, or left out: None."""
+    folder, _, step = prefix.rpartition('/checkpoint-')
+    tensors = {name: v for name, v in {**kills.weights(folder, step), **changes}.items()
+               if v is not None}
+    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(tensors), tensors=list(tensors.values()),
+                      shape_and_slices=[''] * len(tensors))
+
+
+@pytest.mark.parametrize('name, value', [
+    ('training_config', b''), ('training_config', b'[1]'), ('training_config', b'{"epsilon": -1}'),
+    ('training_config', b'\xff'), ('training_config', b'[' * 100_000),
+    ('training_config', b'{"a\\nb": 1}'), ('training_config', 7), ('images_sha256', b''),
+    ('images_sha256', 7.)])
+def test_a_record_that_no_training_writes_is_refused_in_one_line(copied, name, value):
+    config, _, origin = origin_of(copied)
+    if isinstance(value, bytes):
+        value = np.frombuffer(value, np.uint8)
+    prefix = f'{copied}/checkpoint-30'
+    rewrite(prefix, {name: value})
+    with pytest.raises(UserError) as error:
+        train.check_same_origin(config, prefix, origin)
+    assert '\n' not in str(error.value) and prefix in str(error.value)
+
+
+def test_readers_that_know_no_records_ignore_them(copied):
+    """Our own loader, without an optimizer, and TensorFlow 1's Saver, which asks by name."""
+    assert Model(1, 1).load_madry_checkpoint(f'{copied}/checkpoint-30') == 30
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        biases = tf.compat.v1.get_variable('logit/biases', [10])
+        tf.compat.v1.train.Saver().restore(session, f'{copied}/checkpoint-30')
+        assert np.isfinite(session.run(biases)).all()
 
 
 @pytest.mark.parametrize('limit', [20_000, 300_000, 640_000])

@@ -13,15 +13,13 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 
-from paper import experiments
+from paper import cells, experiments, trainings
 from running import progress
-import reproduce
 from running import unfinished
 from attacks import make_attack
 from cifar10_input import load_data
@@ -35,7 +33,10 @@ from shaping import INFERENCE_MODES
 
 
 def without_seconds(results):
-    return [{key: value for key, value in r.items() if key != 'seconds'} for r in results]
+    """Returns results without what two runs differ in, or eval.py adds: where they come from."""
+    other = ('seconds', 'checkpoint', 'step', 'checkpoint_digest', 'data', 'np_random_seed',
+             'precision', 'provenance')
+    return [{key: value for key, value in r.items() if key not in other} for r in results]
 
 
 # ---- small results
@@ -197,7 +198,7 @@ def test_other_weights_settings_images_or_code_are_other_files(
 
 
 @pytest.mark.parametrize('measure', [experiments.logit_errors, experiments.perturbation_sizes])
-def test_the_in_text_experiments_go_on_where_they_were_stopped(
+def test_the_in_text_experiments_resume_where_they_were_stopped(
         small_model, small_config, data, tmp_path, measure, monkeypatch):
     config = small_config(num_eval_examples=48, num_steps=1)
     whole = measure(small_model, data, config)
@@ -219,16 +220,16 @@ def test_the_in_text_experiments_go_on_where_they_were_stopped(
     assert all((again[name] == whole[name]).all() for name in whole)
 
 
-def test_a_cell_that_was_stopped_goes_on_and_leaves_nothing_else(
+def test_an_evaluation_that_was_stopped_resumes_and_leaves_nothing_else(
         small_model, small_config, data, tmp_path, monkeypatch):
     config = small_config(model_dir=str(tmp_path), max_num_training_steps=7)
     small_model.save_madry_checkpoint(tmp_path / 'checkpoint-7', global_step=7)
 
-    def cell(folder):
-        return reproduce.Cells('pgd_adv_only', config, data, unfinished.data_digest(data),
-                               small_model, str(tmp_path / folder)).attack('pgd')
+    def evaluation(folder):
+        return cells.Evaluations('pgd_adv_only', config, data, unfinished.data_digest(data),
+                                 small_model, str(tmp_path / folder)).attack('pgd')
 
-    whole, began, original = cell('whole'), [], reproduce.make_attack
+    whole, began, original = evaluation('whole'), [], cells.make_attack
 
     def stoppable(*args):
         perturb, settings = original(*args)
@@ -240,14 +241,14 @@ def test_a_cell_that_was_stopped_goes_on_and_leaves_nothing_else(
             return perturb(start, end)
         return attack, settings
 
-    monkeypatch.setattr(reproduce, 'make_attack', stoppable)
+    monkeypatch.setattr(cells, 'make_attack', stoppable)
     with pytest.raises(KeyboardInterrupt):
-        cell('stopped')
+        evaluation('stopped')
     assert os.listdir(tmp_path / 'stopped') == ['unfinished']
-    again = cell('stopped')
+    again = evaluation('stopped')
     assert began == [0, 20, 20, 40]
     names = os.listdir(tmp_path / 'stopped')
-    assert names == os.listdir(tmp_path / 'whole') and len(names) == 1  # the cell, no more
+    assert names == os.listdir(tmp_path / 'whole') and len(names) == 1  # the result, no more
     assert without_seconds(again.pop('results')) == without_seconds(whole.pop('results'))
     assert again == whole
 
@@ -457,8 +458,8 @@ DRIVER = f'''
 import sys
 sys.path.insert(0, {ROOT!r})
 from running.program import run
-import reproduce
-run(lambda: reproduce.run_to_a_stop([sys.executable, '-c', {CHILD!r}, 'out']))
+from paper.trainings import run_to_its_end
+run(lambda: run_to_its_end([sys.executable, '-c', {CHILD!r}, 'out']))
 '''
 
 
@@ -481,7 +482,7 @@ def test_a_training_is_told_once_to_stop_and_waited_for(number, stop, tmp_path):
         thread = threading.Thread(target=signalled)
         thread.start()
         with pytest.raises(KeyboardInterrupt) as stopped:
-            reproduce.run_to_a_stop([sys.executable, '-c', CHILD, str(tmp_path / 'out')])
+            trainings.run_to_its_end([sys.executable, '-c', CHILD, str(tmp_path / 'out')])
         thread.join()
     finally:
         signal.signal(number, before)
@@ -504,11 +505,9 @@ def test_a_terminals_ctrl_c_reaches_the_training_once(tmp_path):
 def test_a_training_that_someone_else_stopped_stops_reproduce(
         small_config, tmp_path, monkeypatch, capsys):
     config = small_config(model_dir=str(tmp_path))
-    monkeypatch.setattr(reproduce, 'run_to_a_stop', lambda command: 75)
-    monkeypatch.setattr(reproduce, 'flags', SimpleNamespace(FLAGS=SimpleNamespace(config='',
-                                                                                  set=[])))
+    monkeypatch.setattr(trainings, 'run_to_its_end', lambda command: 75)
     with pytest.raises(SystemExit) as stop:
-        reproduce.train('pgd_adv_only', config, config)
+        trainings.train_if_missing('pgd_adv_only', config, config)
     assert stop.value.code == 75
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'the training of pgd_adv_only was stopped' in err

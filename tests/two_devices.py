@@ -12,6 +12,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
+import running.quiet  # noqa: E402, F401
 from config import TRAINING_MODES, load_config  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402

@@ -1,0 +1,164 @@
+"""What the cells of the tables show: evaluations of one training, each kept in a JSON file."""
+import glob
+import hashlib
+import json
+import os
+
+import numpy as np
+
+from config import relevant
+from attacks import make_attack, num_examples
+from eval import evaluate_attack, make_judges
+from paper.population_norms import NUM_BATCHES, set_population_norms
+from paper.published import INFERENCES
+from running import UserError
+from running.files import replacing
+from running.unfinished import checkpoint_digest, path_of, remove
+from running.untrusted import read_json
+
+
+class Evaluations:
+    """The evaluations of one training, each computed once and kept in a folder.
+
+    An evaluation is known by the configuration, by the checkpoint's index (it holds a checksum of
+    every weight) and by the images. The code is no part of it: after a change to an attack, remove
+    its files by hand.
+
+    Args:
+        name: of the training. config: its configuration.
+        data: a CIFAR10Data. data_digest: of its images and labels.
+        model: a model.Model, the same for all trainings.
+        folder: where the evaluations are kept; model_dir/cells.
+    """
+
+    def __init__(self, name, config, data, data_digest, model, folder):
+        self.name, self.config, self.data, self.folder = name, config, data, folder
+        self.model = model
+        self.checkpoint = os.path.join(config['model_dir'],
+                                       f'checkpoint-{config["max_num_training_steps"]}')
+        self.digests = [checkpoint_digest(self.checkpoint), data_digest]
+
+    def load(self):
+        """Returns the model with this training's weights."""
+        self.model.load_madry_checkpoint(self.checkpoint)
+        return self.model
+
+    def get(self, what, identity, compute):
+        """Returns the evaluation `what`, a dict: the one that is kept, or compute(path).
+
+        Args:
+            identity: JSON of what it depends on, beside the training's weights and the data.
+            compute: f(path) -> a dict, to be kept as JSON. Finished batches are kept in the file
+                `path`, whose name depends on the code as well, and which is removed in the end.
+        """
+        identity = json.dumps([self.name, what, *self.digests, identity], sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        path = os.path.join(self.folder, f'{self.name}-{what}-{digest}.json')
+        if os.path.exists(path):
+            return read_json(path)
+        print(f'Computing {self.name}: {what}', flush=True)
+        unfinished = path_of(os.path.join(self.folder, 'unfinished'), f'{self.name}-{what}',
+                             identity)
+        evaluation = {'identity': json.loads(identity), **compute(unfinished)}
+        os.makedirs(self.folder, exist_ok=True)
+        with replacing(path) as f:
+            json.dump(evaluation, f)
+        remove([unfinished])
+        return evaluation
+
+    def attack(self, name, inferences=INFERENCES, ratios=None, norms='trained', **settings):
+        """Returns the evaluation under one attack: 'results', as eval.py has them, and 'right'.
+
+        Args:
+            inferences: inference modes that judge it, one result for each.
+            ratios: inference shaping ratios, one result for each; see eval.make_judges.
+            norms: how the population norms are estimated; one of population_norms.RULES.
+            settings: keys of the configuration that are changed for this attack.
+        """
+        config = {**self.config, **settings}
+        identity = {**relevant(config, name), 'num_examples': num_examples(name, config),
+                    'modes': list(inferences), 'ratios': ratios}
+        what = name + ('-ratios' if ratios else '') + ''.join(
+            f'-{key}-{value}' for key, value in settings.items())
+        if norms != 'trained':
+            identity['population_norms'] = [norms, NUM_BATCHES]
+            what += f'-norms-{norms.replace(" ", "_")}'
+
+        def compute(unfinished):
+            model, data = self.load(), self.data
+            set_population_norms(model, data, config, norms)
+            judges = make_judges(model, data, config, inferences, ratios)
+            results, right, in_ball = evaluate_attack(
+                name, make_attack(name, model, data, config), data, config, judges, 1, unfinished)
+            return {'results': results, 'right': [as_digits(right[judge][0]) for judge in judges],
+                    'in_ball': as_digits(in_ball)}
+
+        return self.get(what, identity, compute)
+
+    def experiment(self, measure, identity, summarize):
+        """Returns the evaluation by an in-text experiment.
+
+        Args:
+            measure: one of experiments.py, f(model, data, config, path) -> {name: sizes [n]}.
+            identity: as `get` takes it. summarize: f(what measure returns) -> what is kept, a dict.
+        """
+        return self.get(measure.__name__, identity, lambda unfinished: summarize(
+            measure(self.load(), self.data, self.config, unfinished)))
+
+
+class StoredEvaluations(Evaluations):
+    """The evaluations of one training that a folder holds: without weights, images or training.
+
+    Args:
+        name: of the training. config: its configuration. folder: where the evaluations are kept.
+    """
+
+    def __init__(self, name, config, folder):
+        self.name, self.config, self.folder, self.kept = name, config, folder, {}
+        for path in glob.glob(os.path.join(glob.escape(folder), f'{name}-*.json')):
+            evaluation = read_json(path)
+            of_training, what, *_, identity = evaluation['identity']
+            self.kept[json.dumps([of_training, what, identity], sort_keys=True)] = evaluation
+
+    def get(self, what, identity, compute):
+        """Returns the evaluation `what` that is kept, of whatever weights and images.
+
+        Raises:
+            UserError: none with this identity is kept.
+        """
+        key = json.dumps([self.name, what, identity], sort_keys=True)
+        if key not in self.kept:
+            raise UserError(f'{self.folder} holds no {what} of {self.name}; expected one with its '
+                            'configuration')
+        return self.kept[key]
+
+
+# ---- what an evaluation says
+
+
+def result_of(evaluation, inference, ratio=None):
+    """Returns the result under an inference mode; with its inference shaping ratio, if given."""
+    return evaluation['results'][_place(evaluation, inference, ratio)]
+
+
+def right_of(evaluation, inference, ratio=None):
+    """Returns which examples an inference mode classified right, bool [n]."""
+    return from_digits(evaluation['right'][_place(evaluation, inference, ratio)])
+
+
+def _place(evaluation, inference, ratio):
+    for i, result in enumerate(evaluation['results']):
+        if result['inference'] == inference and ratio in (
+                None, result.get('inference_shaping_ratio')):
+            return i
+    raise KeyError((inference, ratio))
+
+
+def as_digits(flags):
+    """Returns bool [n] as text, a digit each, as they are kept."""
+    return ''.join(map(str, flags.astype(int)))
+
+
+def from_digits(digits):
+    """Returns the bool [n] that as_digits made into text."""
+    return np.array(list(digits)) == '1'

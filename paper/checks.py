@@ -1,0 +1,149 @@
+"""Sweeps over PGD's steps and epsilon, and what they and the attacks must show if sound."""
+import itertools
+from typing import NamedTuple
+
+from attacks.random_search import RANDOM_DRAWS
+from paper import formats
+from paper.cells import result_of, right_of
+from paper.intervals import paired_difference
+from paper.published import ADV_ONLY, MODES, NORM_SHAPING, PAPER_TABLES, Training
+from paper.trainings import name_of
+
+SWEPT = tuple(Training('pgd', mode) for mode in (ADV_ONLY, NORM_SHAPING))
+CHECKED = tuple(Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES)
+SWEEPS = {'num_steps': (1, 2, 5, 10, 20, 50, 100),
+          'epsilon': (0, 1, 2, 4, 8, 16, 32, 64)}
+MAX_EXAMPLES = 500  # the sweeps are a check of the attacks, not a result
+
+SWEEPS_HEADER = ['training', 'pgd with', 'under `pn`', 'under `bn_shaping`',
+                 'adaptive, under `bn_shaping`']
+CHECKS_HEADER = ['training', 'what must hold', 'accuracy', 'difference', '']
+
+
+# ---- the sweeps
+
+
+class SweepPoint(NamedTuple):
+    """Where a sweep measures: a training, what is varied, and its value there."""
+    training: str  # its name
+    key: str       # a key of SWEEPS, or 'random perturbations'
+    value: int
+
+
+class SweepResults(NamedTuple):
+    """The results of one SweepPoint; None: not measured there."""
+    pn: dict                 # PGD made with population norms, judged by them
+    bn_shaping: dict         # the same examples, judged by bn_shaping
+    adaptive: dict | None = None  # the adaptive attack, judged by bn_shaping
+
+
+def sweep_results(config, evaluations):
+    """Returns {SweepPoint: SweepResults}.
+
+    Over epsilon, the step is a quarter of it. Last for each training, in PGD's place, the strongest
+    of many random perturbations.
+    """
+    found = {}
+    for training in SWEPT:
+        name = name_of(training, config)
+        for key, values in SWEEPS.items():
+            for value in values:
+                pgd, adaptive = swept(evaluations[name], 'pgd', config, key, value), None
+                if key == 'epsilon':
+                    adaptive = result_of(
+                        swept(evaluations[name], 'adaptive', config, key, value), 'bn_shaping')
+                found[SweepPoint(name, key, value)] = SweepResults(
+                    result_of(pgd, 'pn'), result_of(pgd, 'bn_shaping'), adaptive)
+        random = swept(evaluations[name], 'random', config)
+        draws = result_of(random, 'pn')['random_draws']
+        found[SweepPoint(name, 'random perturbations', draws)] = SweepResults(
+            result_of(random, 'pn'), result_of(random, 'bn_shaping'))
+    return found
+
+
+def swept(of_training, attack, config, key=None, value=None):
+    """Returns the evaluation under an attack at one value of `key`, on the sweeps' samples."""
+    settings = {'num_eval_examples': min(MAX_EXAMPLES, config['num_eval_examples'])}
+    if key is not None:
+        settings[key] = value
+    if key == 'epsilon':
+        settings |= {'epsilon': float(value), 'step_size': value / 4}
+    inferences = ('bn_shaping',) if attack == 'adaptive' else ('pn', 'bn_shaping')
+    return of_training.attack(attack, inferences, **settings)
+
+
+def sweep_rows(config, evaluations):
+    """Returns accuracy against PGD's steps and against epsilon."""
+    n = min(MAX_EXAMPLES, config['num_eval_examples'])
+    return [[f'`{point.training}`', f'{point.key} {point.value}',
+             *(formats.accuracy(r, n) if r else '' for r in results)]
+            for point, results in sweep_results(config, evaluations).items()]
+
+
+# ---- the checks
+
+
+def check_rows(config, evaluations):
+    """Returns what must hold if the attacks are sound: the numbers, and whether it does.
+
+    A stronger attack must leave no more accuracy than a weaker one. This is checked in pairs of the
+    same samples: it fails where the whole interval of the difference is above zero.
+    """
+    rows = []
+    for training in SWEPT:
+        name = name_of(training, config)
+        for attack, inference in (('pgd', 'pn'), ('pgd', 'bn_shaping'), ('adaptive', 'bn_shaping')):
+            rows += sweep_checks(name, evaluations[name], attack, inference, config)
+        rows.append(compared(
+            name, f'`pgd` is stronger than {RANDOM_DRAWS:,} random perturbations, `pn`',
+            swept(evaluations[name], 'pgd', config, 'num_steps', config['num_steps']),
+            swept(evaluations[name], 'random', config), 'pn', strictly=True))
+    for training in CHECKED:
+        name = name_of(training, config)
+        rows.append(compared(
+            name, '`adaptive` under `bn_shaping` is as strong as `pgd`, transferred',
+            evaluations[name].attack('adaptive'), evaluations[name].attack('pgd'), 'bn_shaping'))
+    return rows
+
+
+def sweep_checks(name, of_training, attack, inference, config):
+    """Returns the checks of one attack's sweeps: no gain by more steps or epsilon, 0 at the end.
+
+    Of the pairs of a sweep's values, the one that is closest to failing is shown.
+    """
+    rows, label = [], f'`{attack}` under `{inference}`'
+    for key, values in SWEEPS.items():
+        if (attack, key) == ('adaptive', 'num_steps'):  # not measured
+            continue
+        evaluations = {value: swept(of_training, attack, config, key, value) for value in values}
+
+        def least_gain(pair, evaluations=evaluations):
+            weak, strong = (right_of(evaluations[value], inference) for value in pair)
+            return paired_difference(strong, weak)[1][0]
+
+        less, more = max(itertools.combinations(values, 2), key=least_gain)
+        rows.append(compared(
+            name, f'{label}: accuracy does not rise with {key}; closest: {more} against {less}',
+            evaluations[more], evaluations[less], inference))
+        if key == 'epsilon':
+            left = right_of(evaluations[values[-1]], inference).mean()
+            rows.append(check_row(name, f'{label}: accuracy is 0 at {key} {values[-1]}',
+                                  formats.percent(left), '', left == 0))
+    return rows
+
+
+def compared(name, what, strong, weak, inference, strictly=False):
+    """Returns the check that an attack leaves no more accuracy than a weaker one.
+
+    Args:
+        strong, weak: evaluations. strictly: it must leave less.
+    """
+    a, b = right_of(strong, inference), right_of(weak, inference)
+    value, interval = paired_difference(a, b)
+    low, high = interval
+    return check_row(name, what, f'{formats.percent(a.mean())} / {formats.percent(b.mean())}',
+                     formats.difference(value, interval), high < 0 if strictly else low <= 0)
+
+
+def check_row(name, what, accuracy, difference, holds):
+    return [f'`{name}`', what, accuracy, difference, 'holds' if holds else '**fails**']

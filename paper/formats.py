@@ -1,0 +1,26 @@
+"""How numbers are shown in the tables: percent, points, intervals, Markdown."""
+
+
+def percent(value):
+    """Returns '57.1'."""
+    return f'{100 * value:.1f}'
+
+
+def accuracy(result, n=None):
+    """Returns '57.1 [55.3, 58.9]': accuracy and interval in percent; and how many where not n."""
+    low, high = result['interval']
+    few = result['num_examples'] < (n or 0)
+    return (f'{percent(result["accuracy"])} [{percent(low)}, {percent(high)}]'
+            + (f' (n = {result["num_examples"]})' if few else ''))
+
+
+def difference(value, interval):
+    """Returns '+7.1 [+5.3, +8.9]': a difference of accuracies and its interval, in points."""
+    low, high = interval
+    return f'{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]'
+
+
+def markdown(header, rows):
+    """Returns a Markdown table. header: a list of words. rows: lists of what stands below them."""
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)

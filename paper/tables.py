@@ -1,0 +1,319 @@
+"""The tables, the paper's and ours, each one record of TABLES. Tables I to IV are made here."""
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from attacks.shaping import check_batch
+from eval import WORST_IN_BALL, worst_cases
+from paper import checks, claims, experiments, formats, plots
+from paper.cells import from_digits, result_of, right_of
+from paper.intervals import paired_difference
+from paper.population_norms import RULES
+from paper.published import (ADV_ONLY, CLAIMS, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
+                             PAPER_ADAPTIVE, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, Training)
+from paper.trainings import config_of, name_of
+from running import UserError
+from shaping import num_clean
+
+OWN_ATTACKS = ('apgd', 'adaptive', 'apgd_eot')  # beyond those of Tables I and II
+FIRST_ROWS = ('clean', WORST_IN_BALL, 'apgd_eot', 'adaptive', 'apgd')  # what to believe comes first
+SEEDS = (0, 1)
+SEED_ATTACKS = GAP_ATTACKS = ('clean', 'pgd', 'adaptive')
+NORMS_EXAMPLES = 1000  # enough to tell one rule from another
+
+DEFAULT, SHAPED = Training('pgd', ADV_ONLY), Training('pgd', NORM_SHAPING)
+
+
+class Table(NamedTuple):
+    """A table: what it needs, what it shows, and how."""
+    title: str
+    trainings: tuple       # published.Training, all that its numbers need
+    header: list
+    rows: Callable         # (config, evaluations) -> lists of what stands below the header
+    caption: str           # what the numbers are of; {n}: on how many images, {all}: of how many
+    max_examples: int | None = None  # the most images that it takes; None: num_eval_examples
+    note: str = ''         # below the table
+    plots: Mapping = {}    # {file name: (config, evaluations) -> a matplotlib figure}
+    checks: tuple = ()     # (config, data) -> None; UserError for what would fail after hours
+
+
+# ---- Tables I to IV
+
+
+def main_rows(adversary, config, evaluations):
+    """Returns Table I (pgd) or II (trades): the strongest attacks, then the rest.
+
+    The worst cases are over the paper's attacks and ours, on the examples that all were run on.
+    """
+    rows = []
+    for mode, label in MODES.items():
+        of_training = evaluations[name_of(Training(adversary, mode), config)]
+        by_attack = {a: of_training.attack(a) for a in PAPER_ATTACKS + OWN_ATTACKS}
+        results = [r for evaluation in by_attack.values() for r in evaluation['results']]
+        results += worst_cases_of(by_attack, config)
+        for attack in dict.fromkeys([*FIRST_ROWS, *(r['attack'] for r in results)]):
+            by_inference = [r for r in results if r['attack'] == attack]
+            row = [label, row_label(by_inference[0], config['num_eval_examples'])]
+            paper = PAPER_TABLES[adversary][mode].get(attack)
+            for i, result in enumerate(by_inference):
+                row += [formats.accuracy(result), formats.percent(paper[i]) if paper else '']
+            rows.append(row)
+    return rows
+
+
+def worst_cases_of(by_attack, config):
+    """Returns the results of the worst cases over {attack: evaluation}, as eval.py has them."""
+    right = {attack: {(inference, None): right_of(evaluation, inference)[None]
+                      for inference in INFERENCES} for attack, evaluation in by_attack.items()}
+    in_ball = {attack: from_digits(evaluation['in_ball'])
+               for attack, evaluation in by_attack.items()}
+    return worst_cases(right, in_ball, config)
+
+
+def row_label(result, n):
+    """Returns an attack's name, with what sets its row apart: fewer than n examples, L2 sizes."""
+    notes = [f'n = {result["num_examples"]}'] if result['num_examples'] < n else []
+    if result.get('median_l2') is not None:
+        notes.append(f'median L2 {result["median_l2"]:.3f} of {result["num_fooled"]}')
+    return result['attack'] + (f' ({", ".join(notes)})' if notes else '')
+
+
+def table3_rows(config, evaluations):
+    """Returns Table III: the adaptive attacks, judged by bn_shaping."""
+    rows = []
+    for attack, paper in PAPER_ADAPTIVE.items():
+        row = [attack]
+        for adversary in PAPER_TABLES:
+            name = name_of(Training(adversary, NORM_SHAPING), config)
+            # By all inference modes, though one is shown: Tables I and II have the same evaluation
+            result = result_of(evaluations[name].attack(attack), 'bn_shaping')
+            row += [formats.accuracy(result, config['num_eval_examples']),
+                    formats.percent(paper[adversary])]
+        rows.append(row)
+    return rows
+
+
+def ratio_results(config, evaluations):
+    """Returns {n of n:1 in training: results in the order of INFERENCE_RATIOS}, for Table IV."""
+    found = {}
+    for ratio in PAPER_RATIOS:
+        name = name_of(Training('pgd', NORM_SHAPING, ratio), config)
+        evaluation = evaluations[name].attack('pgd', ('bn_shaping',), INFERENCE_RATIOS)
+        found[ratio] = evaluation['results']
+    return found
+
+
+def table4_rows(config, evaluations):
+    """Returns Table IV, the paper's numbers in parentheses."""
+    rows = []
+    for ratio, results in ratio_results(config, evaluations).items():
+        size = config_of(Training('pgd', NORM_SHAPING, ratio), config)['training_batch_size']
+        label = f'1:{ratio}' + (f' (batch {size})' if size != config['training_batch_size'] else '')
+        rows.append([label] + [
+            f'{formats.accuracy(result, config["num_eval_examples"])} ({formats.percent(paper)})'
+            for result, paper in zip(results, PAPER_RATIOS[ratio])])
+    return rows
+
+
+# ---- tables of ours
+
+
+def seed_rows(config, evaluations):
+    """Returns the two rows that the paper prints in colour, each with several seeds.
+
+    The seeds are those of the training, of its data's order, and of the evaluation.
+    """
+    rows = []
+    for attack in SEED_ATTACKS:
+        row = [attack]
+        for training in (DEFAULT, SHAPED):
+            for inference in ('pn', 'bn_shaping'):
+                for seed in SEEDS:
+                    name = name_of(training._replace(seed=seed), config)
+                    result = result_of(evaluations[name].attack(attack), inference)
+                    row.append(formats.accuracy(result, config['num_eval_examples']))
+        rows.append(row)
+    return rows
+
+
+def norms_rows(config, evaluations):
+    """Returns clean and PGD accuracy by each way to estimate the population norms.
+
+    PGD goes through these population norms; its examples are then judged by them and, transferred,
+    by bn_shaping, which does not use them.
+    """
+    rows, n = [], min(NORMS_EXAMPLES, config['num_eval_examples'])
+    for training in (DEFAULT, SHAPED):
+        name = name_of(training, config)
+        for rule, meaning in RULES.items():
+            clean, pgd = (evaluations[name].attack(attack, norms=rule, num_eval_examples=n)
+                          for attack in ('clean', 'pgd'))
+            rows.append([f'`{name}`', meaning, formats.accuracy(result_of(clean, 'pn')),
+                         *pn_and_shaping(pgd)])
+    return rows
+
+
+def gap_rows(config, evaluations):
+    """Returns the norm-shaped model under pn and under bn_shaping."""
+    rows, (pn, shaped) = [], map(INFERENCES.index, ('pn', 'bn_shaping'))
+    for attack in GAP_ATTACKS:
+        evaluation = evaluations[name_of(SHAPED, config)].attack(attack)
+        paper = PAPER_TABLES['pgd'][NORM_SHAPING].get(attack)
+        rows.append([attack, *pn_and_shaping(evaluation),
+                     f'{100 * (paper[shaped] - paper[pn]):+.1f}' if paper else ''])
+    return rows
+
+
+def pn_and_shaping(evaluation):
+    """Returns three cells: accuracy judged by pn, by bn_shaping, and their difference."""
+    gain = paired_difference(right_of(evaluation, 'bn_shaping'), right_of(evaluation, 'pn'))
+    return [*(formats.accuracy(result_of(evaluation, inference))
+              for inference in ('pn', 'bn_shaping')), formats.difference(*gain)]
+
+
+# ---- what would fail after hours
+
+
+def check_ratios(config, data):
+    """Raises UserError unless bn_shaping's batches can be made at all ratios of Table IV."""
+    for ratio in INFERENCE_RATIOS:
+        try:
+            num_clean(config['shaping_batch_size'], ratio)
+        except UserError as error:
+            raise UserError(f'shaping_batch_size is {config["shaping_batch_size"]}, and Table IV '
+                            f'asks for {ratio}:1, too: {error}') from None
+        check_clean_samples(config, data, ratio)
+
+
+def check_clean_samples(config, data, ratio):
+    """Raises UserError unless there are clean samples for bn_shaping, and as many others.
+
+    The others are for adaptive_weak, the attack through samples that the inference does not use.
+    """
+    size, most = config['shaping_batch_size'], data.train_data.n // 2
+    k = num_clean(size, ratio)
+    if k > most:
+        raise UserError(f'shaping_batch_size is {size}, {k} of them clean samples at {ratio}:1; '
+                        f'expected at most {most}, half the training images')
+
+
+def check_shaping_attack(config, data):
+    """Raises UserError unless eval_batch_size suits the norm shaping attack."""
+    check_batch(config)
+
+
+# ---- the list
+
+FIRST = 'the first {n} test images'
+ACCURACY = f'{FIRST}; accuracy in %, [95% Wilson intervals]'
+DIFFERENCES = '; differences in points, [95% intervals of pairs of the same samples]'
+FIRST_TRAINING = 'the first {n} training images, in whole batches'
+MAIN_HEADER = ['training', 'attack', *(column for inference in INFERENCES
+                                       for column in (f'`{inference}`', 'paper'))]
+
+TABLES = {
+    'table1': Table(
+        'Table I: PGD-based adversarial training',
+        tuple(Training('pgd', mode) for mode in MODES),
+        MAIN_HEADER, partial(main_rows, 'pgd'), ACCURACY,
+        plots={'table1_tradeoff': partial(plots.tradeoff, 'pgd')},
+        checks=(check_shaping_attack,)),
+    'table2': Table(
+        'Table II: TRADES-based adversarial training',
+        tuple(Training('trades', mode) for mode in MODES),
+        MAIN_HEADER, partial(main_rows, 'trades'), ACCURACY,
+        plots={'table2_tradeoff': partial(plots.tradeoff, 'trades')},
+        checks=(check_shaping_attack,)),
+    'table3': Table(
+        'Table III: adaptive attacks, under bn_shaping',
+        tuple(Training(adversary, NORM_SHAPING) for adversary in PAPER_TABLES),
+        ['attack', *(column for adversary in PAPER_TABLES
+                     for column in (f'{adversary} + shaping', 'paper'))],
+        table3_rows, ACCURACY),
+    'table4': Table(
+        'Table IV: shaping ratios in training and inference, under PGD',
+        tuple(Training('pgd', NORM_SHAPING, ratio) for ratio in PAPER_RATIOS),
+        ['adv:clean in training', *(f'1:{n} in inference' if n else '1:0 (none)'
+                                    for n in INFERENCE_RATIOS)],
+        table4_rows, ACCURACY,
+        plots={'table4_ratios': lambda config, evaluations: plots.ratios(
+            ratio_results(config, evaluations))},
+        checks=(check_ratios,)),
+    'confoundings': Table(
+        'The in-text experiments of sections IV and V',
+        (DEFAULT, SHAPED),
+        experiments.HEADER, experiments.excess_rows,
+        FIRST_TRAINING + '; 95% bootstrap intervals',
+        checks=(experiments.check_perturbations,)),
+    'shifts': Table(
+        'How far an attack moves the batch norms',
+        (DEFAULT, SHAPED),
+        experiments.SHIFTS_HEADER, experiments.shift_rows,
+        FIRST_TRAINING + '; means in standard deviations of the clean batch, deviations relative '
+        'to its own, averaged over all channels; 95% bootstrap intervals',
+        checks=(experiments.check_perturbations, experiments.check_shifts)),
+    'sweeps': Table(
+        'Accuracy against PGD steps and against epsilon',
+        checks.SWEPT,
+        checks.SWEEPS_HEADER, checks.sweep_rows,
+        FIRST + '; 95% Wilson intervals', checks.MAX_EXAMPLES,
+        plots={f'sweep_{key}': lambda config, evaluations, key=key: plots.sweep(
+            key, config, checks.sweep_results(config, evaluations)) for key in checks.SWEEPS}),
+    'seeds': Table(
+        'The default PGD training and norm shaping, with two seeds',
+        tuple(training._replace(seed=seed) for training in (DEFAULT, SHAPED) for seed in SEEDS),
+        ['attack', *(f'{MODES[training.mode]}, `{inference}`, seed {seed + 1}'
+                     for training in (DEFAULT, SHAPED) for inference in ('pn', 'bn_shaping')
+                     for seed in SEEDS)],
+        seed_rows, ACCURACY,
+        checks=(check_shaping_attack,)),
+    'norms': Table(
+        'Other ways to estimate the population norms',
+        (DEFAULT, SHAPED),
+        ['training', 'population norms', 'clean, judged by them',
+         'pgd through them, judged by them', 'the same examples, `bn_shaping`', 'difference'],
+        norms_rows, ACCURACY + DIFFERENCES, NORMS_EXAMPLES),
+    'gap': Table(
+        'Norm shaping under `pn` and under `bn_shaping`',
+        (SHAPED,),
+        ['attack', '`pn`', '`bn_shaping`', 'difference', 'paper'],
+        gap_rows, ACCURACY + DIFFERENCES),
+    'checks': Table(
+        'Checks of the attacks',
+        checks.CHECKED,
+        checks.CHECKS_HEADER, checks.check_rows,
+        FIRST + ', {all} in the last six rows; accuracy in %' + DIFFERENCES, checks.MAX_EXAMPLES),
+    'claims': Table(
+        "The paper's claims that compare two of its numbers",
+        tuple(dict.fromkeys(of.training for claim in CLAIMS for of in (claim.higher, claim.lower))),
+        claims.HEADER, claims.claim_rows, FIRST + DIFFERENCES, note=claims.NOTE,
+        checks=(check_shaping_attack, check_ratios)),
+}
+
+
+def trainings_of(tables, config):
+    """Returns {name: configuration} of all trainings that some tables need."""
+    return {name_of(training, config): config_of(training, config)
+            for table in tables for training in table.trainings}
+
+
+def section(table, config, evaluations):
+    """Returns a table with its title, caption and note, as Markdown.
+
+    Args:
+        evaluations: {name of a training: Evaluations}.
+    """
+    rows = formats.markdown(table.header, table.rows(config, evaluations))
+    note = f'\n{table.note}\n' if table.note else ''
+    return f'## {table.title}\n\n{caption(table, config)}\n\n{rows}\n{note}'
+
+
+def caption(table, config):
+    """Returns what a table's numbers were made with, in words."""
+    depth, data = 6 * config['num_residual_units'] + 2, config['dataset']
+    if config['classes']:
+        data += f' ({", ".join(config["classes"])})'
+    n = config['num_eval_examples']
+    images = table.caption.format(n=min(n, table.max_examples or n), all=n)
+    return (f'w{depth}-{config["width_factor"]}, {config["max_num_training_steps"]} steps of batch '
+            f'{config["training_batch_size"]}, {data}, seed {config["tf_random_seed"]}; {images}.')

@@ -1,0 +1,140 @@
+"""What is trained for the tables, and train.py as a process of its own that does it."""
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+from config import SCHEMA
+from model import newest_intact
+from running import UserError
+from running.program import STOPPED, Terminated
+import train
+
+
+def name_of(training, config):
+    """Returns a training's name: its folder in model_dir, and what its kept numbers begin with."""
+    name = f'{training.adversary}_{training.mode}'
+    if training.mode.startswith('shaping'):
+        name += f'_{training.ratio or config["shaping_ratio"]}to1'
+    return name + (f'_seed{training.seed}' if training.seed else '')
+
+
+def config_of(training, config):
+    """Returns the configuration of a training.
+
+    Where training_batch_size is no multiple of n + 1, the next smaller multiple is taken (63 for
+    2:1; the paper does not say what it did).
+
+    Args:
+        training: a published.Training. config: the configuration that the trainings vary.
+
+    Raises:
+        UserError: training_batch_size is too small for the ratio.
+    """
+    size, ratio = config['training_batch_size'], training.ratio or config['shaping_ratio']
+    of_training = {**config, 'adversary': training.adversary, 'training_mode': training.mode,
+                   'model_dir': os.path.join(config['model_dir'], name_of(training, config))}
+    if training.adversary == 'pgd':
+        of_training['trades_beta'] = 0.  # of trades alone
+    if training.mode.startswith('shaping'):
+        if size <= ratio:
+            raise UserError(f'training_batch_size must be at least {ratio + 1} for a ratio of '
+                            f'{ratio}:1, got {size}')
+        of_training |= {'shaping_ratio': ratio,
+                        'training_batch_size': size // (ratio + 1) * (ratio + 1)}
+    for key in ('tf_random_seed', 'np_random_seed'):
+        of_training[key] += training.seed
+    return of_training
+
+
+def train_if_missing(name, of_training, config, options=()):
+    """Runs train.py in a process of its own, unless the model is there already.
+
+    Args:
+        name: of the training. of_training: its configuration.
+        config: the configuration that `options`, the --config and --set of the command line, make.
+            Where the training's differs, train.py gets one more --set.
+
+    Raises:
+        UserError: the folder holds another training, or train.py failed.
+        SystemExit: train.py was stopped; with its exit status.
+    """
+    model_dir, steps = of_training['model_dir'], of_training['max_num_training_steps']
+    newest = newest_intact(model_dir)
+    done = int(newest.rpartition('-')[2]) if newest else 0
+    if done > steps:
+        raise UserError(f'max_num_training_steps must be at least {done}, the steps that '
+                        f'{model_dir} holds, got {steps}; or choose another model_dir')
+    if done == steps:
+        train.check_same_run(of_training, os.path.join(model_dir, 'config.json'), newest)
+        return
+    arguments = [*options]
+    for key in SCHEMA:
+        if of_training[key] != config[key]:
+            arguments += ['--set', f'{key}={json.dumps(of_training[key])}']
+    print(f'\nTraining {name}:\n    {shlex.join(["python", "train.py", *arguments])}', flush=True)
+    status = run_to_its_end([sys.executable, os.path.abspath(train.__file__), *arguments])
+    if status == STOPPED:
+        print(f'reproduce.py: the training of {name} was stopped; the same command resumes it',
+              file=sys.stderr)
+        sys.exit(STOPPED)
+    if status:
+        raise UserError(f'the training of {name} exited with status {status}; the same command '
+                        'resumes from its newest checkpoint')
+
+
+def run_to_its_end(command):
+    """Runs a command that saves and exits at a first signal; returns its exit status.
+
+    A signal that would stop this program is passed on as SIGTERM, and the command is waited for. It
+    has a session of its own, so that a terminal's Ctrl-C does not reach it as well: at a second
+    signal it would exit at once. Two signals to this program are two to the command.
+
+    Raises:
+        KeyboardInterrupt: this program got SIGINT; the command has exited.
+        Terminated: the same, but SIGTERM, or SIGHUP of a closed terminal.
+    """
+    signals = ForwardedSignals()
+    try:
+        signals.catch()
+        process = subprocess.Popen(command, start_new_session=True)
+        signals.forward_to(process)
+        status = process.wait()
+    finally:
+        signals.release()
+    if signals.received:
+        raise KeyboardInterrupt if signals.received[0] == signal.SIGINT else Terminated
+    return status
+
+
+class ForwardedSignals:
+    """Signals that would stop this program, each passed on to a process as SIGTERM instead."""
+
+    def __init__(self):
+        self.received, self.num_sent = [], 0
+        self.process, self.handlers = None, {}
+
+    def catch(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, a background job
+                self.handlers[number] = signal.signal(number, self.receive)
+
+    def release(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, _):
+        self.received.append(number)
+        self.forward()
+
+    def forward_to(self, process):
+        """Says which process it is, and passes on what came before it started."""
+        self.process = process
+        self.forward()
+
+    def forward(self):
+        while self.process is not None and self.num_sent < len(self.received):
+            self.num_sent += 1
+            self.process.terminate()

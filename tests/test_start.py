@@ -1,0 +1,124 @@
+"""The first minute: a quiet start, help, and mistakes that are reported before TensorFlow loads."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+from running import quiet
+from test_programs import program
+
+PROGRAMS = ('train.py', 'eval.py', 'pgd_attack.py', 'run_attack.py', 'reproduce.py', 'bench.py',
+            'fetch_model.py')
+
+
+@pytest.fixture
+def no_tensorflow(tmp_path, monkeypatch):
+    """Makes the import of TensorFlow or Keras fail in the programs that a test starts."""
+    for name in ('tensorflow', 'keras'):
+        (tmp_path / 'broken' / name).mkdir(parents=True)
+        (tmp_path / 'broken' / name / '__init__.py').write_text('raise SystemError("imported")')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'broken'))
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+@pytest.mark.parametrize('option', ['--help', '-h', '--helpfull'])
+def test_help_shows_an_example_and_our_options_without_tensorflow(no_tensorflow, name, option):
+    if option != '--help' and name != 'train.py':
+        pytest.skip('one program shows that they are the same')
+    status, stdout, stderr = program(name, option)
+    assert status == 0 and stderr == []
+    assert f'python {name}' in stdout and 'Options:' in stdout
+    assert '13% above' in stdout or name != 'bench.py'  # a % in the text stays one
+    with open(os.path.join(ROOT, name), encoding='utf-8') as f:
+        for flag in re.findall(r"flags\.DEFINE_\w+\('(\w+)'", f.read()):
+            assert f'--{flag}: ' in stdout
+    assert '--stderrthreshold' not in stdout  # absl's own
+
+
+def test_help_lists_the_words_that_a_program_takes(no_tensorflow):
+    _, stdout, _ = program('eval.py', '--help')
+    assert 'adaptive_weak' in stdout and 'bn_shaping' in stdout
+    _, stdout, _ = program('fetch_model.py', '--help')
+    assert 'adv_trained' in stdout
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['train.py', '--epsilon=8'], '--epsilon is a key of the configuration, not an option; '
+     'expected --set epsilon=VALUE'),
+    (['train.py', '--conifg', 'x'], '--conifg is not an option; did you mean --config?'),
+    (['train.py', '--xyz'], '--xyz is not an option; train.py --help lists them'),
+    (['train.py', '--logical_cpus=two'], "--logical_cpus must be an integer, got 'two'"),
+    (['train.py', '--profile=maybe'], "--profile must be true or false, got 'maybe'"),
+    (['train.py', '--set', 'epsilon'], "--set 'epsilon': expected key=value"),
+    (['train.py', '--set', 'epsilonn=8'], "unknown key 'epsilonn'; did you mean epsilon?"),
+    (['train.py', '--set', 'epsilon=300'], 'epsilon must be a number from 0 to 255, got 300'),
+    (['train.py', '--config', 'none.json'], 'none.json cannot be read: No such file or directory'),
+    (['train.py', 'configs/quick.json'], "'configs/quick.json' is not an option; train.py --help "
+     'lists them'),
+    (['eval.py', '--model_dir', 'none'], 'none/config.json cannot be read: No such file or '
+     'directory'),
+    (['eval.py', '--attack', 'pdg'], "--attack is 'pdg'; expected clean, fgsm, pgd, cw"),
+    (['run_attack.py', '--inference', 'pm'], "--inference is 'pm'; expected bn, pn, bn_shaping"),
+    (['bench.py', '--set', 'training_batch_size=0'], 'training_batch_size must be an integer, 2 '),
+    (['reproduce.py', 'table5'], "'table5' is none of table1, table2"),
+    (['fetch_model.py', 'other'], "'other' is none of natural, adv_trained, secret")])
+def test_a_mistake_is_reported_before_tensorflow_is_imported(
+        no_tensorflow, tmp_path, arguments, said):
+    status, stdout, stderr = program(*arguments, cwd=tmp_path)
+    assert status == 2 and stdout == ''
+    assert len(stderr) == 1 and stderr[0].startswith(f'{arguments[0]}: {said}'), stderr
+
+
+def test_a_start_prints_our_lines_only(tmp_path):
+    status, stdout, stderr = program(
+        'run_attack.py', '--set', 'dataset=synthetic', '--set', f'model_dir={tmp_path}',
+        cwd=tmp_path)
+    assert (status, stdout) == (2, '')
+    assert [line.partition(': ')[0] for line in stderr] == ['run_attack.py']
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, timeout=120,
+                          capture_output=True, env={**os.environ, **environment}).stderr
+
+
+def test_the_notices_are_shown_again_on_request():
+    assert run_python('import running.quiet', TF_CPP_MIN_LOG_LEVEL='0') != ''
+    assert run_python('import running.quiet', TF_CPP_MIN_LOG_LEVEL='2') == ''
+
+
+def test_an_error_of_the_libraries_still_comes_through(capfd):
+    with quiet.without_notices():
+        os.write(2, b'WARNING: All log messages before absl::InitializeLog() is called are ...\n'
+                    b'I0000 00:00:1 1 cudart_stub.cc:31] Could not find cuda drivers\n'
+                    b'E0000 00:00:1 1 gpu_kernel.cc:7] out of memory\nSegmentation fault\n')
+    assert capfd.readouterr().err == ('E0000 00:00:1 1 gpu_kernel.cc:7] out of memory\n'
+                                      'Segmentation fault\n')
+
+
+def test_what_was_printed_before_a_failing_import_is_not_lost(capfd):
+    with pytest.raises(ImportError), quiet.without_notices():
+        os.write(2, b'libfoo.so: cannot open shared object file\n')
+        raise ImportError
+    assert 'libfoo.so' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_imports_ends_with_one_line(tmp_path, monkeypatch, number, status):
+    (tmp_path / 'tensorflow').mkdir()
+    (tmp_path / 'tensorflow' / '__init__.py').write_text(
+        'import time; print("importing", flush=True); time.sleep(60)')
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, 'train.py')], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    assert process.stdout.readline() == 'importing\n'
+    begin = time.monotonic()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert time.monotonic() - begin < 2
+    assert (process.returncode, stderr.strip()) == (status, 'train.py: stopped')
