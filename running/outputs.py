@@ -17,7 +17,7 @@ TIMED_STEPS = 3  # after the first, until the whole time is estimated
 
 
 @contextlib.contextmanager
-def without_notices():
+def without_deprecations():
     """Keeps TensorFlow from saying in the block that its Saver is deprecated, at length."""
     logger = tf.get_logger()
     before = logger.level
@@ -41,7 +41,7 @@ class Saver:
         self.model_dir, self.variables, self.last_good = model_dir, variables, last_good
         self._saver = None
         if chief:  # relative paths: model_dir may be moved
-            with without_notices():
+            with without_deprecations():
                 self._saver = tf.compat.v1.train.Saver(variables, max_to_keep=3,
                                                        save_relative_paths=True)
                 self._saver.recover_last_checkpoints(kept)
@@ -52,7 +52,7 @@ class Saver:
         if self._saver is None:
             return
         try:
-            with without_notices():
+            with without_deprecations():
                 self.last_good = self._saver.save(None, os.path.join(self.model_dir, 'checkpoint'),
                                                   step, write_meta_graph=False)
         except tf.errors.OpError as error:
@@ -149,12 +149,15 @@ class RunningMeans:
         self.names = names
         self.variables = {f'running_means/{kind}': tf.Variable(
             np.zeros(1 + len(names)), dtype=tf.float64) for kind in kinds}  # steps, then sums
-        reader = tf.train.load_checkpoint(prefix) if prefix else None
-        for name, variable in self.variables.items():
-            if reader and reader.has_tensor(name):  # not in those of earlier versions
-                sums = np.asarray(reader.get_tensor(name))
-                if sums.dtype == np.float64 and sums.shape == variable.shape:
-                    variable.assign(sums)
+        if prefix:
+            reader = tf.train.load_checkpoint(prefix)
+            types, shapes = (reader.get_variable_to_dtype_map(),
+                             reader.get_variable_to_shape_map())
+            for name, variable in self.variables.items():  # earlier versions had none
+                if types.get(name) == variable.dtype and shapes[name] == variable.shape:
+                    sums = reader.get_tensor(name)
+                    if np.isfinite(sums).all() and sums[0] >= 0:
+                        variable.assign(sums)
 
     def add(self, metrics):
         """Counts a step in, {name: float}; it may lack some of the names."""

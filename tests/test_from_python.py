@@ -131,6 +131,9 @@ def test_checkpoints_of_earlier_versions_and_foreign_sums_start_anew(tmp_path):
     prefix = saver.save(None, str(tmp_path / 'checkpoint'), 3)
     again = RunningMeans(('loss', 'kl'), ('output', 'summary'), prefix)
     assert again.tell('output', {'loss': 6., 'rate': 9.}) == ({'loss': 3., 'rate': 9.}, 3)
+    means.variables['running_means/output'].assign([-1., 0., 0.])
+    hostile = saver.save(None, str(tmp_path / 'checkpoint'), 4)
+    assert RunningMeans(('loss', 'kl'), ('output',), hostile).tell('output', {})[1] == 0
     others = RunningMeans(('loss',), ('output',), prefix)
     others.add({'loss': 5.})
     assert others.tell('output', {'loss': 5.}) == ({'loss': 5.}, 1)
