@@ -86,7 +86,7 @@ def main(words):
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
 
-    # The outputs, and the checkpoint: what is wrong with them is told before any work
+    # The outputs, and the checkpoint: fail now, not after the evaluation
     outputs = Outputs(config, flags.FLAGS.output, flags.FLAGS.pictures)
     if not flags.FLAGS.watch:
         checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)

@@ -155,7 +155,7 @@ def run_training(config, strategy, profile, download, as_program, at_end):
         # Output to stdout, and to the log: before the checkpoint, so that a kill loses none of it
         report = pace.foretell(ii) + profiler.end(ii, stop)
         if output or last:  # after an extra report, the last one's, the means go on
-            lines, line = describe(ii, nat_acc, *means.tell('output', metrics, anew=output),
+            lines, line = describe(ii, nat_acc, *means.tell('output', metrics, restart=output),
                                    pace.tell(ii))
             report += lines
             log.append(line)

@@ -19,7 +19,7 @@ from running.untrusted import MAX_BYTES, read_json
 
 CHUNK = 2 ** 20
 TIMEOUT = 30             # seconds without a byte
-WAITS = (1, 2, 4)        # seconds before each new try, counted anew after new bytes
+WAITS = (1, 2, 4)        # seconds before each new try, counted again after new bytes
 ELSEWHERE = '--url ADDRESS names another place'
 
 
@@ -89,7 +89,7 @@ def _take(response, part, note, have, state):
     validator = headers['Last-Modified'] if etag.startswith('W/') else etag
     if have and (response.status == 416 or (response.status == 206 and state['validator']
                                             and validator not in (None, state['validator']))):
-        os.remove(note)  # without it the next answer begins anew
+        os.remove(note)  # without it the next answer starts over
         raise _Cut('the file has changed')
     if have and response.status == 206:
         match = re.fullmatch(rf'bytes {have}-([0-9]{{1,18}})/([0-9]{{1,18}}|\*)', told)

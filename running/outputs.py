@@ -142,7 +142,7 @@ class RunningMeans:
     had it never been stopped, bit for bit.
 
     Args:
-        names: what is averaged. kinds: of reports. prefix: the checkpoint to go on from, or None.
+        names: what is averaged. kinds: of reports. prefix: the checkpoint to resume from, or None.
     """
 
     def __init__(self, names, kinds, prefix=None):
@@ -165,15 +165,15 @@ class RunningMeans:
         for variable in self.variables.values():
             variable.assign_add(step)
 
-    def tell(self, kind, metrics, anew=True):
+    def tell(self, kind, metrics, restart=True):
         """Returns metrics with the means in place of a step's own, and over how many steps.
 
         Args:
-            metrics: those of the last step added. anew: start anew.
+            metrics: those of the last step added. restart: start new means.
         """
         variable = self.variables[f'running_means/{kind}']
         steps, *sums = variable.numpy().tolist()
-        if anew:
+        if restart:
             variable.assign(tf.zeros_like(variable))
         means = {name: total / steps for name, total in zip(self.names, sums) if name in metrics}
         return {**metrics, **means}, int(steps)
@@ -214,7 +214,7 @@ class Pace:
                 'this machine']
 
     def tell(self, step):
-        """Returns (examples a second, time left), and starts anew; None where no step was timed."""
+        """Returns (examples a second, time left) and starts again; None where no step was timed."""
         if not self.steps:
             return None
         seconds = self.seconds / self.steps

@@ -39,12 +39,14 @@ def start(usage, check=None, keys=(), takes_words=False):
         takes_words: whether the program takes words beside its options.
     """
     name = os.path.basename(sys.argv[0])
+    stderr = os.dup(2)  # running.quiet takes the other one away for a while
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_, status=status: _stop_at_once(name, status))
+            signal.signal(number, lambda *_, status=status: _stop_at_once(stderr, name, status))
     if any(word in HELP for word in sys.argv[1:]):
-        print(help_text(usage, name))
-        sys.exit(0)
+        with contextlib.suppress(BrokenPipeError):  # of `| head`
+            print(help_text(usage, name), flush=True)
+        os._exit(0)
     try:
         _words[:] = parse(name, keys)
         if _words and not takes_words:
@@ -102,8 +104,8 @@ def in_a_line(error):
     return f'{error.filename or "the system"}: {error.strerror or error}'
 
 
-def _stop_at_once(name, status):
-    os.write(2, f'\n{name}: stopped\n'.encode())
+def _stop_at_once(stderr, name, status):
+    os.write(stderr, f'\n{name}: stopped\n'.encode())
     os._exit(status)
 
 

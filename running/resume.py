@@ -32,7 +32,7 @@ def forget_steps(model_dir, start):
     """Takes the steps from `start` on out of the log and the TensorBoard files in model_dir.
 
     They are about to be done again: a run that was killed had gone past its last checkpoint. What a
-    kill cut off goes, too. Every file is written anew and moved into place, or left alone.
+    kill cut off goes, too. Every file is rewritten and moved into place, or left alone.
     """
     log = os.path.join(model_dir, LOG)
     if os.path.exists(log):

@@ -210,7 +210,7 @@ def test_a_checkpoint_of_an_older_version_resumes_as_before(copied, whole):
 
 
 def rewrite(prefix, changes):
-    """Writes a checkpoint anew with some tensors changed, or left out: None."""
+    """Rewrites a checkpoint with some tensors changed, or left out: None."""
     folder, _, step = prefix.rpartition('/checkpoint-')
     tensors = {name: v for name, v in {**kills.weights(folder, step), **changes}.items()
                if v is not None}

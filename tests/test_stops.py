@@ -158,7 +158,7 @@ def test_a_second_program_at_the_same_work_stops_nothing(tmp_path, monkeypatch):
 
 def test_other_weights_settings_images_or_code_are_other_files(
         small_model, small_config, data, tmp_path, monkeypatch):
-    """And what does not change a figure does not."""
+    """And what does not change a number does not."""
     for path in glob.glob(os.path.join(ROOT, '*.py')):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(unfinished, 'ROOT', str(tmp_path))
