@@ -23,11 +23,12 @@ BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 MAX_INTEGER = 2 ** 31 - 1
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 ADVERSARIES = ('pgd', 'trades')
+ATTACK_NORMS = ('batch', 'fixed')
 DISTRIBUTIONS = ('none', 'mirrored', 'multi_worker')
 BATCH_NORMS = ('per_replica', 'synchronized')
 PRECISIONS = ('float32', 'mixed_bfloat16')
 LOSS_FUNCS = ('xent', 'cw')
-INFERENCE_MODES = ('bn', 'pn', 'bn_shaping')
+INFERENCE_MODES = ('bn', 'pn', 'bn_shaping', 'bn_recorded')
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')
@@ -92,6 +93,7 @@ class Key(NamedTuple):
     expected: str     # what it may hold, in words
     part: str         # what it is part of: see PARTS
     attacks: tuple = ()  # where part is 'attack': the names of those attacks
+    before: object = None  # of a younger key: the value that all numbers had before there was one
 
 
 # What a key is part of decides whether it may change when a training is resumed, and whether the
@@ -133,11 +135,14 @@ SCHEMA = {
     'loss_func': Key(*_choice(*LOSS_FUNCS), 'training'),
     'store_adv_path': Key(_npy_path, 'the path of a .npy file', 'output'),
     'training_mode': Key(*_choice(*TRAINING_MODES), 'training'),
+    'attack_norms': Key(*_choice(*ATTACK_NORMS), 'training', before='batch'),
     'adversary': Key(*_choice(*ADVERSARIES), 'training'),
     'trades_beta': Key(*_number(0), 'training'),
     'shaping_ratio': Key(*_integer(1), 'training'),
     'inference_shaping_ratio': Key(*_integer(0), 'evaluation'),
     'shaping_batch_size': Key(*_integer(2), 'evaluation'),
+    'num_recordings': Key(*_integer(1), 'evaluation', before=100),
+    'recorded_samples': Key(*_integer(2), 'evaluation', before=90),
     'dataset': Key(*_choice('cifar10', 'synthetic'), 'training'),
     'classes': Key(_classes, 'null, or a list of two or more different label names', 'training'),
     'data_augmentation': Key(*_FLAG, 'training'),
@@ -170,11 +175,14 @@ def of_training(config):
 def relevant(config, attack=None):
     """Returns the keys of a configuration that the accuracies under an attack depend on, a dict.
 
+    A key at the value that it had before it was a key is left out: stored numbers stay known.
+
     Args:
         attack: an attack's name, or None: none of those with keys of their own.
     """
-    return {key: config[key] for key, (_, _, part, attacks) in SCHEMA.items()
-            if part in ('training', 'evaluation') or attack in attacks}
+    return {key: config[key] for key, known in SCHEMA.items()
+            if (known.part in ('training', 'evaluation') or attack in known.attacks)
+            and (known.before is None or config[key] != known.before)}
 
 
 def _shown(value):

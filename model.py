@@ -31,6 +31,9 @@ class Norms(NamedTuple):
     num_groups: int = 1
     update_population_norms: bool = False
     norms_from: int | None = None
+    recorded: dict | None = None
+    ratio: int | None = None
+    record: dict | None = None  # filled with {normalization: (mean, variance) of the batch}
 
 
 @keras.saving.register_keras_serializable('norm_shaping')
@@ -96,6 +99,10 @@ class Model(keras.Model):
                                                'ones')
         if not norms.training:
             return population_norm(x, gamma, beta, moving_mean, moving_variance)
+        if norms.recorded is not None:
+            recorded = norms.recorded[name]
+            return (population_norm(x, gamma, beta, *recorded) if norms.ratio is None else
+                    mixed_norm(x, gamma, beta, *recorded, norms.ratio))
         if norms.norms_from is not None:
             mean, variance = tf.nn.moments(tf.cast(x[:norms.norms_from], tf.float32), [0, 1, 2])
             return population_norm(x, gamma, beta, mean, variance)
@@ -106,6 +113,11 @@ class Model(keras.Model):
         if norms.update_population_norms and norms.num_groups == 1:
             moving_mean.assign_sub((moving_mean - mean) * (1 - BN_DECAY))
             moving_variance.assign_sub((moving_variance - variance) * (1 - BN_DECAY))
+        if norms.record is not None:
+            n = tf.cast(tf.size(x) // x.shape[-1], tf.float32)
+            if self.synchronized:
+                n *= num_replicas()
+            norms.record[name] = mean, variance * (n - 1) / n  # what normalizes is not unbiased
         return y
 
     def _residual(self, name, x, in_filter, out_filter, stride, norms,
@@ -161,7 +173,7 @@ class Model(keras.Model):
     # ---- beyond the original's file: calls, variables, checkpoints
 
     def call(self, images, training=True, num_groups=1, update_population_norms=False,
-             norms_from=None):
+             norms_from=None, recorded=None, ratio=None):
         """Computes the logits of a batch.
 
         Args:
@@ -176,12 +188,34 @@ class Model(keras.Model):
             norms_from: with BN, normalizes the whole batch by the statistics of this many first
                 samples: how the others look to the batch norms of these. The moving averages are
                 left alone.
+            recorded: normalizes by these constants, {normalization: (mean, variance)}, as `record`
+                returns them, [channels] each. Gradients do not flow through them.
+            ratio: with `recorded`, normalizes each image by the mixture of a recording and its own
+                statistics, ratio:1; recorded means and variances are then [b, channels], a
+                recording for each image.
 
         Returns:
             logits [b, num_classes], float32.
         """
-        return self._build_model(
-            images, Norms(training, num_groups, update_population_norms, norms_from))
+        return self._build_model(images, Norms(
+            training, num_groups, update_population_norms, norms_from, recorded, ratio))
+
+    def record(self, images, update_population_norms=False):
+        """Returns the statistics of a batch at every normalization, one forward pass with BN.
+
+        They are constants to what uses them: gradients do not flow back into the images.
+
+        Args:
+            images, update_population_norms: as `call` takes them.
+
+        Returns:
+            {name of the normalization: (mean, variance)}, [channels] each, float32; the variances
+            are those that normalize, not the unbiased ones that move the moving averages.
+        """
+        found = {}
+        self._build_model(images, Norms(update_population_norms=update_population_norms,
+                                        record=found))
+        return {name: tuple(map(tf.stop_gradient, values)) for name, values in found.items()}
 
     def units(self):
         """Yields (name, input channels, output channels, stride) of each unit, in order."""
@@ -512,6 +546,28 @@ def population_norm(x, gamma, beta, mean, variance):
     return tf.raw_ops.FusedBatchNormV3(
         x=x, scale=gamma, offset=beta, mean=mean, variance=variance,
         epsilon=BN_EPSILON, is_training=False).y
+
+
+def mixed_norm(x, gamma, beta, mean, variance, ratio):
+    """Normalizes each image of x [b, h, w, c] by ratio:1 of a recording and its own statistics.
+
+    With s = 1 / (ratio + 1), an image's own mean m and variance v and its recording's M and V, the
+    statistics of the mixture are (1 - s) M + s m and (1 - s) V + s v + s (1 - s) (m - M)^2: those
+    of a batch of `ratio` images that have M and V together, and this one.
+
+    Args:
+        mean, variance: of a recording for each image, [b, c], float32.
+    """
+    s = 1. / (ratio + 1)
+    x32 = tf.cast(x, tf.float32)
+    own_mean = tf.reduce_mean(x32, [1, 2])
+    own_variance = tf.reduce_mean(tf.square(x32), [1, 2]) - tf.square(own_mean)
+    mixed_mean = (1 - s) * mean + s * own_mean
+    mixed_variance = ((1 - s) * variance + s * own_variance
+                      + s * (1 - s) * tf.square(own_mean - mean))
+    scale = gamma * tf.math.rsqrt(mixed_variance + BN_EPSILON)
+    offset = beta - mixed_mean * scale
+    return (x * tf.cast(scale, x.dtype)[:, None, None] + tf.cast(offset, x.dtype)[:, None, None])
 
 
 def batch_norm_by_group(x, gamma, beta, num_groups=1):

@@ -70,11 +70,11 @@ class LinfPGDAttack:
             return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
         return -tf.reduce_sum(tf.nn.relu(margin(logits, y) + 50))
 
-    def gradient(self, x, target):
+    def gradient(self, x, target, *given):
         """Returns the gradient of the summed loss with respect to x, [b, 32, 32, 3]."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(x)
-            loss = self.loss(self.model(x, **self.norms), target)
+            loss = self.loss(self.logits(x, *given), target)
         return tape.gradient(loss, x)
 
     def perturb(self, x_nat, y, seed, tail=None):
@@ -114,10 +114,10 @@ class LinfPGDAttack:
 
         The loop is around the replicas of the model's strategy, where there are several: these
         cannot exchange anything within a loop of their own. x, x_nat and y are then all replicas'
-        values, and tail is the mask of one share.
+        values, and tail is the mask of one share. `given` is what `logits` takes beside x.
         """
         run_ = self.strategy.run
-        x, target = run_(self.before, (x, x_nat, y, tail))
+        x, target = run_(self.before, (x, x_nat, y, tail, *given))
         for _ in tf.range(self.num_steps):
             x = run_(self.step, (x, x_nat, target, tail, *given))
         return x
@@ -141,13 +141,18 @@ class LinfPGDAttack:
         """Returns the attack that a configuration describes. norms: as above, by name."""
         return cls(model, **pgd_settings(config), **norms)
 
-    def before(self, x, x_nat, y, tail):
+    def before(self, x, x_nat, y, tail, *given):
         """Returns the batch before the first step, and what the loss compares the logits with."""
-        return masked(x, x_nat, tail), self.target(x_nat, y)
+        return masked(x, x_nat, tail), self.target(x_nat, y, *given)
 
-    def target(self, x_nat, y):
+    def target(self, x_nat, y, *given):
         """Returns what the loss compares the logits with: the labels y [b]."""
         return y
+
+    def logits(self, x, recorded=None):
+        """Returns the logits that the attack goes through: by recorded norms, where given."""
+        return (self.model(x, **self.norms) if recorded is None else
+                self.model(x, recorded=recorded))
 
 
 def pgd_settings(config):

@@ -1,4 +1,4 @@
-"""Norm shaping, the paper's contribution: n:1 batches, the tail mask, the three inference modes."""
+"""Norm shaping, the paper's contribution: n:1 batches, the tail mask, the inference modes."""
 import numpy as np
 
 from config import INFERENCE_MODES, check_ratio
@@ -145,11 +145,76 @@ class ShapedInference:
         return tf.reshape(logits, [-1, logits.shape[-1]])
 
 
+class RecordedInference:
+    """Classifies each query by the mixture of recorded norms and its own, n:1.
+
+    A recording is the mean and the variance at every normalization of clean training images that
+    pass once through the network under their own batch norms. Each query draws a recording: its
+    answer depends on no other query, and costs about a forward pass by population norms. It is Eq.
+    6 but for one thing: there, the clean samples' deeper activations are computed under the norms
+    of the mixture, here under their own.
+
+    Args:
+        model: a model.Model with its weights loaded: the recordings are made at once.
+        clean_images: the training images, uint8 [N, 32, 32, 3], unaugmented.
+        ratio: n of n:1. num_recordings: how many recordings there are. num_samples: clean images
+            in each. seed: of the recordings' images, and of the draws.
+
+    Raises:
+        ValueError: too few clean images.
+    """
+
+    def __init__(self, model, clean_images, ratio, num_recordings, num_samples, seed):
+        if num_samples > len(clean_images):
+            raise UserError(f'recorded_samples must be at most {len(clean_images)}, the number of '
+                            f'training images, got {num_samples}')
+        self.model, self.ratio, self.seed = model, ratio, seed
+        self.num_recordings = num_recordings
+        record = tf.function(lambda images: model.record(tf.cast(images, tf.float32)))
+        recordings = []
+        for number in range(num_recordings):
+            rng = np.random.default_rng([seed, number, 0, 1])
+            recordings.append(record(clean_images[rng.choice(len(clean_images), num_samples,
+                                                             replace=False)]))
+        self.recordings = {name: tuple(tf.stack(values) for values in zip(*(
+            one[name] for one in recordings))) for name in recordings[0]}
+        self._graph = tf.function(self.logits)
+
+    @classmethod
+    def from_config(cls, model, data, config):
+        """Returns the bn_recorded inference that a configuration describes."""
+        return cls(model, data.train_data.xs, config['inference_shaping_ratio'],
+                   config['num_recordings'], config['recorded_samples'], config['np_random_seed'])
+
+    def __call__(self, images, query):
+        """Returns the logits [b, num_classes] of images [b, 32, 32, 3], pixels in [0, 255].
+
+        Args:
+            query: a number; the same one draws the same recordings, one for each image.
+        """
+        return self._graph(tf.cast(images, tf.float32), self.draw(query, len(images)))
+
+    def draw(self, query, num_images):
+        """Returns the number of each image's recording, int32 [num_images]."""
+        rng = np.random.default_rng([self.seed, query, 0, 2])
+        return rng.integers(0, self.num_recordings, num_images, np.int32)
+
+    def logits(self, images, drawn):
+        """Returns the logits [b, num_classes] of images under the recordings `drawn`, [b].
+
+        TensorFlow ops alone, so that an attack can differentiate through it.
+        """
+        recorded = {name: [tf.gather(values, drawn) for values in pair]
+                    for name, pair in self.recordings.items()}
+        return self.model(images, recorded=recorded, ratio=self.ratio)
+
+
 def make_inference(model, mode, data, config):
     """Returns f(images [b, 32, 32, 3], query) -> logits [b, num_classes] for an inference mode.
 
     'bn' normalizes by the given batch itself, 'pn' by the population norms, 'bn_shaping' by n:1
-    batches (ShapedInference). None of them changes the model. Paper, section VI.
+    batches (ShapedInference; paper, section VI), 'bn_recorded' by recorded norms and each image's
+    own (RecordedInference). None of them changes the model.
 
     Raises:
         ValueError: an unknown mode.
@@ -158,6 +223,8 @@ def make_inference(model, mode, data, config):
         raise ValueError(f'mode must be one of {", ".join(INFERENCE_MODES)}, got {mode!r}')
     if mode == 'bn_shaping':
         return ShapedInference.from_config(model, data, config)
+    if mode == 'bn_recorded':
+        return RecordedInference.from_config(model, data, config)
     graph = tf.function(lambda x: model(x, training=mode == 'bn', update_population_norms=False))
     return lambda images, query: graph(tf.cast(images, tf.float32))
 

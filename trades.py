@@ -41,8 +41,8 @@ class TradesAttack(LinfPGDAttack):
         uniform = (tf.cast(bits, tf.float32) + 0.5) * 2. ** -22  # in (-1, 1)
         return x_nat + START_STDDEV * 2. ** 0.5 * tf.math.erfinv(uniform)
 
-    def target(self, x_nat, y):
-        return self.model(x_nat, **self.norms)
+    def target(self, x_nat, y, *given):
+        return self.logits(x_nat, *given)
 
     def loss(self, logits, logits_nat):
         return tf.reduce_sum(kl_divergence(logits_nat, logits))

@@ -248,7 +248,10 @@ def make_adversary(model, config, update_population_norms=True):
     images, the labels. Randomness is derived from tf_random_seed and the step number alone.
 
     perturb(x, x_nat, labels) -> X^(T), what the weight update sees: clean head and adversarial
-    tail, as training_mode says (paper, Eq. 5 and section VI).
+    tail, as training_mode says (paper, Eq. 5 and section VI). With attack_norms `batch`, every
+    attack step normalizes by its own batch X^(i), to the letter. With `fixed`, one pass over the
+    natural batch X^(0) records the statistics of every normalization; they are constants to all
+    attack steps, so only the samples under attack pass through the network.
 
     With several replicas, each works on its share (devices.shares), and x, x_nat and so on are all
     replicas' values. What is random is drawn for the whole batch, then divided.
@@ -276,10 +279,20 @@ def make_adversary(model, config, update_population_norms=True):
     def perturb(x, x_nat, labels):
         if config['training_mode'] == 'natural':
             return x_nat
-        if config['training_mode'] != 'shaping_in_training':
-            return attack.ascend(x, x_nat, labels, None if tail.all() else tail)
-        x = attack.ascend(x, x_nat, labels)  # of the whole batch; then its head is put back
-        return strategy.run(masked, (x, x_nat, tail))
+        head_later = config['training_mode'] == 'shaping_in_training'  # all are attacked first
+        attacked = np.ones_like(tail) if head_later else tail
+        if config['attack_norms'] == 'fixed':
+            x = by_fixed_norms(x, x_nat, labels, int((~attacked).sum()))
+        else:
+            x = attack.ascend(x, x_nat, labels, None if attacked.all() else attacked)
+        return strategy.run(masked, (x, x_nat, tail)) if head_later else x
+
+    def by_fixed_norms(x, x_nat, labels, k):
+        """Attacks samples [k:], with the norms of the natural batch through all steps."""
+        recorded = strategy.run(model.record, (x_nat, update_population_norms))
+        attacked = strategy.run(lambda *batch: [values[k:] for values in batch], (x, x_nat, labels))
+        x = attack.ascend(*attacked, None, recorded)
+        return strategy.run(lambda x, x_nat: tf.concat([x_nat[:k], x], 0), (x, x_nat))
 
     return get_batch, perturb
 
