@@ -80,6 +80,8 @@ def main(words):
     if words:
         raise UserError(f'{words[0]!r} is not an option; eval.py --help lists them')
 
+    tf.get_logger().setLevel('ERROR')  # that --watch makes its graphs anew, at length
+
     # Global constants
     config = config_from_flags()
     request = request_from_flags(config)

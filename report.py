@@ -225,7 +225,10 @@ class Outputs:
         stored = os.path.join(self.model_dir, 'config.json')
         self._usual = load_config(stored if os.path.isfile(stored) else BASE)
         check_writable(self.path, 'a file in a folder that can be written, --output PATH')
-        read_results(self.path)
+        try:
+            read_results(self.path)
+        except UserError as error:
+            raise UserError(f'{error}; move it away, or name another file with --output') from None
         if pictures:
             if not pictures.endswith('.png'):
                 raise UserError(f'--pictures is {pictures}; expected the path of a .png file')

@@ -33,7 +33,7 @@ def read_results(path):
     contents = read_json(path, MAX_RESULTS_BYTES)
     rows = contents.get('results')
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise UserError(f'{path} is no file of results: expected a list of objects named results')
+        raise UserError(f'{path} is no file of results: it holds no list of objects named results')
     return contents
 
 

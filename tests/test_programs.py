@@ -150,6 +150,7 @@ def test_watch_evaluates_every_checkpoint_in_order_and_ends_with_the_last(traine
         f'{tmp_path}/checkpoint-{step},' for step in (6, 7)]
     assert stdout.endswith('Step 7 is the last of this training\n')
     assert stderr.count('checkpoint-9 is damaged and skipped') == 1
+    assert 'retracing' not in stderr
     rows = read_json(tmp_path / 'eval' / 'results.json')['results']
     assert [row['step'] for row in rows] == [4, 6, 7]
 
