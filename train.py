@@ -62,6 +62,9 @@ AVERAGED = ('loss', 'xent', 'accuracy', 'xent_clean', 'accuracy_clean', 'xent_ad
 def main():
     tf.get_logger().setLevel('ERROR')  # the Saver calls itself deprecated, at length
     config = config_from_flags()
+    if flags.FLAGS.logical_cpus > 1 and config['distribution'] == 'none':
+        raise UserError(f'--logical_cpus is {flags.FLAGS.logical_cpus}, and distribution none uses '
+                        'one device; expected --set distribution=mirrored')
     divide_cpu(flags.FLAGS.logical_cpus)
     strategy = make_strategy(config)
     try:

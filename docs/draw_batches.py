@@ -14,6 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # the same pixels everywhere, or nearly
 
+import running.quiet  # noqa: E402, F401
 from config import load_config  # noqa: E402
 import keras  # noqa: E402
 import matplotlib  # noqa: E402

@@ -74,11 +74,11 @@ def ratios(ours):
         for (row, column), value in np.ndenumerate(np.array(values)):
             axes.text(column, row, formats.percent(value), ha='center', va='center',
                       color='white' if value < 0.6 else 'black')
-        axes.set(title=title, xlabel='adv:clean in inference',
+        axes.set(title=title, xlabel='clean samples : test samples, in inference',
                  xticks=range(len(INFERENCE_RATIOS)),
-                 xticklabels=[f'1:{n}' for n in INFERENCE_RATIOS],
-                 yticks=range(len(PAPER_RATIOS)), yticklabels=[f'1:{n}' for n in PAPER_RATIOS])
-    both[0].set_ylabel('adv:clean in training')
+                 xticklabels=[f'{n}:1' for n in INFERENCE_RATIOS],
+                 yticks=range(len(PAPER_RATIOS)), yticklabels=[f'{n}:1' for n in PAPER_RATIOS])
+    both[0].set_ylabel('clean : attacked, in training')
     figure.colorbar(image, ax=both, label='accuracy under PGD, %')
     return figure
 

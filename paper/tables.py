@@ -30,7 +30,8 @@ class Table(NamedTuple):
     trainings: tuple       # published.Training, all that its numbers need
     header: list
     rows: Callable         # (config, evaluations) -> lists of what stands below the header
-    caption: str           # what the numbers are of; {n}: on how many images, {all}: of how many
+    caption: str           # what the numbers are of; {n}: on how many images, {all}: of how many,
+                           # {step}, {steps}: PGD's step_size and num_steps
     max_examples: int | None = None  # the most images that it takes; None: num_eval_examples
     note: str = ''         # below the table
     plots: Mapping = {}    # {file name: (config, evaluations) -> a matplotlib figure}
@@ -108,7 +109,7 @@ def table4_rows(config, evaluations):
     rows = []
     for ratio, results in ratio_results(config, evaluations).items():
         size = config_of(Training('pgd', NORM_SHAPING, ratio), config)['training_batch_size']
-        label = f'1:{ratio}' + (f' (batch {size})' if size != config['training_batch_size'] else '')
+        label = f'{ratio}:1' + (f' (batch {size})' if size != config['training_batch_size'] else '')
         rows.append([label] + [
             f'{formats.accuracy(result, config["num_eval_examples"])} ({formats.percent(paper)})'
             for result, paper in zip(results, PAPER_RATIOS[ratio])])
@@ -148,8 +149,8 @@ def norms_rows(config, evaluations):
         for rule, meaning in RULES.items():
             clean, pgd = (evaluations[name].attack(attack, norms=rule, num_eval_examples=n)
                           for attack in ('clean', 'pgd'))
-            rows.append([f'`{name}`', meaning, formats.accuracy(result_of(clean, 'pn')),
-                         *pn_and_shaping(pgd)])
+            rows.append([f'`{name}`', meaning, formats.accuracy(result_of(clean, 'pn'), n),
+                         *pn_and_shaping(pgd, n)])
     return rows
 
 
@@ -159,15 +160,19 @@ def gap_rows(config, evaluations):
     for attack in GAP_ATTACKS:
         evaluation = evaluations[name_of(SHAPED, config)].attack(attack)
         paper = PAPER_TABLES['pgd'][NORM_SHAPING].get(attack)
-        rows.append([attack, *pn_and_shaping(evaluation),
+        rows.append([attack, *pn_and_shaping(evaluation, config['num_eval_examples']),
                      f'{100 * (paper[shaped] - paper[pn]):+.1f}' if paper else ''])
     return rows
 
 
-def pn_and_shaping(evaluation):
-    """Returns three cells: accuracy judged by pn, by bn_shaping, and their difference."""
+def pn_and_shaping(evaluation, n):
+    """Returns three cells: accuracy judged by pn, by bn_shaping, and their difference.
+
+    Args:
+        n: on how many examples the table's numbers are; fewer are marked.
+    """
     gain = paired_difference(right_of(evaluation, 'bn_shaping'), right_of(evaluation, 'pn'))
-    return [*(formats.accuracy(result_of(evaluation, inference))
+    return [*(formats.accuracy(result_of(evaluation, inference), n)
               for inference in ('pn', 'bn_shaping')), formats.difference(*gain)]
 
 
@@ -233,9 +238,10 @@ TABLES = {
     'table4': Table(
         'Table IV: shaping ratios in training and inference, under PGD',
         tuple(Training('pgd', NORM_SHAPING, ratio) for ratio in PAPER_RATIOS),
-        ['adv:clean in training', *(f'1:{n} in inference' if n else '1:0 (none)'
-                                    for n in INFERENCE_RATIOS)],
-        table4_rows, ACCURACY,
+        ['n:1 in training', *(f'{n}:1 in inference' if n else '0:1 (no clean samples)'
+                              for n in INFERENCE_RATIOS)],
+        table4_rows, ACCURACY + ', (the paper); n:1 is clean : attacked or test samples, which the '
+        'paper writes 1:n',
         plots={'table4_ratios': lambda config, evaluations: plots.ratios(
             ratio_results(config, evaluations))},
         checks=(check_ratios,)),
@@ -256,7 +262,8 @@ TABLES = {
         'Accuracy against PGD steps and against epsilon',
         checks.SWEPT,
         checks.SWEEPS_HEADER, checks.sweep_rows,
-        FIRST + '; 95% Wilson intervals', checks.MAX_EXAMPLES,
+        FIRST + '; accuracy in %, [95% Wilson intervals]; num_steps with steps of {step}, epsilon '
+        'with {steps} steps of a quarter of it', checks.MAX_EXAMPLES,
         plots={f'sweep_{key}': lambda config, evaluations, key=key: plots.sweep(
             key, config, checks.sweep_results(config, evaluations)) for key in checks.SWEEPS}),
     'seeds': Table(
@@ -314,6 +321,7 @@ def caption(table, config):
     if config['classes']:
         data += f' ({", ".join(config["classes"])})'
     n = config['num_eval_examples']
-    images = table.caption.format(n=min(n, table.max_examples or n), all=n)
+    images = table.caption.format(n=min(n, table.max_examples or n), all=n,
+                                  step=f'{config["step_size"]:g}', steps=config['num_steps'])
     return (f'w{depth}-{config["width_factor"]}, {config["max_num_training_steps"]} steps of batch '
             f'{config["training_batch_size"]}, {data}, seed {config["tf_random_seed"]}; {images}.')

@@ -19,11 +19,12 @@ import sys
 import tempfile
 import time
 
-os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
-os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
-import tensorflow as tf
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
+import running.quiet  # noqa: E402, F401
+import tensorflow as tf  # noqa: E402
+
 CHECKPOINT_STEPS = 5
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 

@@ -22,6 +22,7 @@ import numpy as np  # noqa: E402
 from config import choice, config_from_flags, define_model_flags  # noqa: E402
 from running import UserError  # noqa: E402
 from running.program import run  # noqa: E402
+import running.quiet  # noqa: E402, F401
 import tensorflow as tf  # noqa: E402
 
 from attacks import make_attack, num_examples  # noqa: E402

@@ -18,6 +18,7 @@ import tempfile
 
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import running.quiet  # noqa: E402, F401
 from config import load_config  # noqa: E402
 from running import UserError  # noqa: E402
 import kills  # noqa: E402

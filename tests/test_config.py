@@ -398,7 +398,8 @@ def test_what_may_change_when_a_training_is_resumed():
         'model_dir', 'data_path', 'max_num_training_steps', 'num_output_steps',
         'num_summary_steps', 'num_checkpoint_steps', 'num_eval_examples', 'eval_batch_size',
         'eval_on_cpu', 'store_adv_path', 'inference_shaping_ratio', 'shaping_batch_size', 'xla',
-        'fgsm_epsilon', 'apgd_num_steps', 'eot_draws', 'num_attack_examples'}
+        'fgsm_epsilon', 'apgd_num_steps', 'eot_draws', 'num_attack_examples',
+        'num_recordings', 'recorded_samples'}
 
 
 def test_what_an_attacks_accuracy_depends_on():
@@ -406,11 +407,14 @@ def test_what_an_attacks_accuracy_depends_on():
     nothing = {'model_dir', 'data_path', 'num_output_steps', 'num_summary_steps',
                'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'distribution',
                'batch_norms', 'num_attack_examples'}
+    younger = {'attack_norms': 'fixed', 'num_recordings': 7, 'recorded_samples': 7}
     of_some = {'fgsm_epsilon', 'apgd_num_steps', 'eot_draws'}
     for attack, own in ((None, set()), ('pgd', set()), ('fgsm', {'fgsm_epsilon'}),
                         ('apgd', {'apgd_num_steps'}),
                         ('apgd_eot', {'apgd_num_steps', 'eot_draws'})):
-        assert set(relevant(config, attack)) == set(SCHEMA) - nothing - of_some | own
+        old = set(SCHEMA) - nothing - of_some - set(younger) | own
+        assert set(relevant(config, attack)) == old  # numbers stored before these keys are known
+        assert set(relevant({**config, **younger}, attack)) == old | set(younger)
 
 
 def test_every_key_is_part_of_something_known():

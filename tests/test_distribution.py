@@ -22,6 +22,7 @@ from shaping import tail_mask
 import train
 
 MODES = ['natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training']
+FIXED = ('fixed', 'adv_only+fixed')
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +53,7 @@ def test_the_attacks_gradient_through_synchronized_norms_is_one_devices(found, n
 # PGD's sign turns rounding into a whole step where a gradient is near 0. TRADES starts where the
 # divergence hardly has a gradient, so that it shows most there.
 @pytest.mark.parametrize('training, of_metrics, of_weights', [
-    *((mode, 1e-5, 5e-3) for mode in MODES), ('trades', 1e-2, 2e-2)])
+    *((name, 1e-5, 5e-3) for name in (*MODES, *FIXED)), ('3+trades', 1e-2, 2e-2)])
 def test_synchronized_replicas_train_as_one_device(found, training, of_metrics, of_weights):
     """Three steps, attack and moving averages included."""
     for name, one, two in both(found, f'metric/{training}/'):
@@ -64,7 +65,7 @@ def test_synchronized_replicas_train_as_one_device(found, training, of_metrics, 
     assert names == 61
 
 
-@pytest.mark.parametrize('training', [*MODES, 'trades'])
+@pytest.mark.parametrize('training', [*MODES, *FIXED, '3+trades'])
 def test_all_replicas_hold_the_same_weights_and_averages(found, training):
     spreads = [value for key, value in found.items() if key.startswith(f'spread/{training}/')]
     assert len(spreads) > 60 and all((spread == 0).all() for spread in spreads)

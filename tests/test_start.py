@@ -9,6 +9,7 @@ import time
 import pytest
 
 from conftest import ROOT
+from paper.tables import TABLES
 from running import quiet
 from test_programs import program
 
@@ -43,6 +44,9 @@ def test_help_lists_the_words_that_a_program_takes(no_tensorflow):
     assert 'adaptive_weak' in stdout and 'bn_shaping' in stdout
     _, stdout, _ = program('fetch_model.py', '--help')
     assert 'adv_trained' in stdout
+    _, stdout, _ = program('reproduce.py', '--help')
+    targets = re.search('Targets: (.*?), or all', stdout, re.DOTALL)[1]
+    assert re.findall(r'\w+', targets) == list(TABLES)
 
 
 @pytest.mark.parametrize('arguments, said', [
@@ -69,6 +73,13 @@ def test_a_mistake_is_reported_before_tensorflow_is_imported(
     status, stdout, stderr = program(*arguments, cwd=tmp_path)
     assert status == 2 and stdout == ''
     assert len(stderr) == 1 and stderr[0].startswith(f'{arguments[0]}: {said}'), stderr
+
+
+def test_logical_cpus_without_several_devices_are_refused(tmp_path):
+    status, stdout, stderr = program('train.py', '--logical_cpus=2', '--set=dataset=synthetic',
+                                     f'--set=model_dir={tmp_path}')
+    assert (status, stdout) == (2, '') and os.listdir(tmp_path) == []
+    assert stderr[0].endswith('expected --set distribution=mirrored')
 
 
 def test_a_start_prints_our_lines_only(tmp_path):

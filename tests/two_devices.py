@@ -6,6 +6,7 @@ In a process of its own, as the CPU is divided before TensorFlow first uses it. 
 images are random, the attack is on. Two networks: the real one, and one whose activation is smooth,
 so that rounding cannot turn a leaky ReLU's slope and nothing hides behind a tolerance.
 """
+import argparse
 import os
 import sys
 
@@ -65,6 +66,9 @@ def gradient(strategy, model_class, x, y):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('output', help='the .npz file that is written')
+    output = parser.parse_args().output
     divide_cpu(2)
     one = make_strategy({'distribution': 'none'})
     two = make_strategy({'distribution': 'mirrored', 'xla': 'auto'})
@@ -81,10 +85,11 @@ def main():
 
     # Three steps of every training, synchronized
     cases = [[f'training_mode={mode}'] for mode in TRAINING_MODES]
-    cases.append(['adversary=trades', 'trades_beta=3'])
+    cases += [['adversary=trades', 'trades_beta=3'], ['attack_norms=fixed'],
+              ['attack_norms=fixed', 'training_mode=adv_only']]
     for case in cases:
         config = load_config(None, [*SETTINGS, 'batch_norms=synchronized', *case])
-        name = case[0].partition('=')[2]
+        name = '+'.join(setting.partition('=')[2] for setting in case[::-1])
         for number, strategy in enumerate((one, two), 1):
             model, optimizer, step = make(strategy, config, SmoothModel)
             metrics = [step(*batch, t) for t, batch in enumerate(batches)]
@@ -126,7 +131,7 @@ def main():
         alone.append((logits.numpy(), model.variables_by_name[name].numpy()))
     found['norms/logits/1'], means = (np.stack(values) for values in zip(*alone))
     found['norms/moving_mean/1'] = means.mean(axis=0)
-    np.savez(sys.argv[1], **found)
+    np.savez(output, **found)
 
 
 if __name__ == '__main__':
