@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from running import UserError
 
+RECORDED = 'bn_recorded'  # no name of --inference yet: no attack goes through it
 MAX_IMAGES = 1000  # in one forward pass of shaped batches: a bound on memory, not on a call
 MAX_GRADIENT_IMAGES = 100  # in one gradient of them, which keeps all activations
 DRAW = 10 ** 6  # offset between the query numbers of successive draws of clean samples
@@ -219,11 +220,12 @@ def make_inference(model, mode, data, config):
     Raises:
         ValueError: an unknown mode.
     """
-    if mode not in INFERENCE_MODES:
-        raise ValueError(f'mode must be one of {", ".join(INFERENCE_MODES)}, got {mode!r}')
+    modes = (*INFERENCE_MODES, RECORDED)
+    if mode not in modes:
+        raise ValueError(f'mode must be one of {", ".join(modes)}, got {mode!r}')
     if mode == 'bn_shaping':
         return ShapedInference.from_config(model, data, config)
-    if mode == 'bn_recorded':
+    if mode == RECORDED:
         return RecordedInference.from_config(model, data, config)
     graph = tf.function(lambda x: model(x, training=mode == 'bn', update_population_norms=False))
     return lambda images, query: graph(tf.cast(images, tf.float32))
