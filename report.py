@@ -39,14 +39,14 @@ def print_table(results, modes):
     """Prints accuracies in percent with their 95% Wilson intervals: attacks down, modes across."""
     most = max(r['num_examples'] for r in results)
     print(f'Accuracy in %, [95% Wilson interval], n = {most} test images where no other n is given')
-    print(f'{"attack":<22}' + ''.join(f'{mode:>22}' for mode in modes))
+    print(f'{"attack":<22}' + ''.join(f'{mode:>24}' for mode in modes))
     cells = {(r['attack'], r['inference']): r for r in results}
     notes = []
     for attack in dict.fromkeys(r['attack'] for r in results):
         r = cells[attack, modes[0]]
         row = marked(r, most)
         for mode in modes:
-            row += f'{shown(cells[attack, mode]):>22}'
+            row += f'{shown(cells[attack, mode]):>24}'
         print(row, flush=True)
         if r.get('median_l2') is not None:
             notes.append(f'{attack}: median L2 of the {r["num_fooled"]} perturbations that fool '

@@ -27,7 +27,7 @@ def program(name, *arguments, settings=(), cwd=None):
     done = subprocess.run(
         [sys.executable, os.path.join(ROOT, name), *arguments,
          *[f'--set={setting}' for setting in settings]],
-        cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+        cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900)
     assert 'Traceback' not in done.stderr, done.stderr
     ours = [line for line in done.stderr.splitlines() if line.startswith(f'{name}: ')]
     return done.returncode, done.stdout, ours

@@ -471,7 +471,8 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
                      'sweeps, seeds, norms, gap, checks, claims, all'),
     (['table1'], ['training_mode=natural'], 'training_mode must be shaping_in_attack_and_training '
      'and adversary pgd, as the tables vary them, got natural and pgd'),
-    (['gap'], ['shaping_batch_size=5560'], 'shaping_batch_size is 5560, 5004 of them clean '
+    (['gap'], ['shaping_batch_size=5560', 'eval_batch_size=1000'],
+     'shaping_batch_size is 5560, 5004 of them clean '
      'samples at 9:1; expected at most 5000, half the training images'),
     (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; expected at most 2000'),
     (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and Table IV asks for 49:1'),
