@@ -79,13 +79,19 @@ def passes_a_step(config):
     Back to the activations costs as much as forward, back to the weights as much again: 2 for the
     gradient of an attack step, which needs none of the weights', and 3 for the weight update. The
     TRADES adversary also looks at the natural batch: once before its first step, and once more in
-    the weight update where trades_beta puts it into the loss.
+    the weight update where trades_beta puts it into the loss. With fixed norms, one pass records
+    them, and only the samples under attack pass in its steps.
     """
     if config['training_mode'] == 'natural':
         return 3
-    passes = 3 + 2 * config['num_steps']
+    attacked, passes = 1., 3
+    if config['attack_norms'] == 'fixed':
+        passes += 1
+        if config['training_mode'] == 'shaping_in_attack_and_training':
+            attacked = 1 / (config['shaping_ratio'] + 1)
+    passes += 2 * config['num_steps'] * attacked
     if config['adversary'] == 'trades':
-        passes += 1 + (3 if config['trades_beta'] else 0)
+        passes += attacked + (3 if config['trades_beta'] else 0)
     return passes
 
 
@@ -293,7 +299,7 @@ def show_what_runs(model, config):
     show('Network', f'w{6 * model.num_residual_units + 2}-{config["width_factor"]}, '
          f'{num_weights:,} weights, {config["precision"]}')
     show('Step', f'batch {config["training_batch_size"]}, {config["training_mode"]}, '
-         f'{config["adversary"]}, {num_steps} attack steps')
+         f'{config["adversary"]}, {num_steps} attack steps by {config["attack_norms"]} norms')
 
 
 def show_rates(model, config, seconds):
@@ -302,7 +308,7 @@ def show_rates(model, config, seconds):
     flops = forward_flops(model) * batch_size * passes
     peak, size = matmul_peak(model.compute_type)
     show('Speed', f'{1 / seconds:.3g} steps/s, {batch_size / seconds:.4g} images/s')
-    show('FLOP a step', f'{prefixed(flops, "FLOP")}, {passes} forward passes of '
+    show('FLOP a step', f'{prefixed(flops, "FLOP")}, {passes:g} forward passes of '
          f'{prefixed(flops / passes, "FLOP")}')
     show('Rate', prefixed(flops / seconds, 'FLOP/s'))
     show('Peak', f'{prefixed(peak, "FLOP/s")}, {model.compute_type.name} matrix product of {size}'
