@@ -29,7 +29,7 @@ FIXED = ('fixed', 'adv_only+fixed')
 def found(tmp_path_factory):
     path = str(tmp_path_factory.mktemp('two') / 'found.npz')
     done = subprocess.run([sys.executable, os.path.join(ROOT, 'tests', 'two_devices.py'), path],
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     with np.load(path) as z:
         return {key: z[key] for key in z.files}
