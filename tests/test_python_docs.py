@@ -27,7 +27,7 @@ def test_the_blocks_run_in_order(tmp_path):
         code.append(f'exec(compile({source!r}, {PAGE!r}, "exec"), space)')
     environment = {**os.environ, 'PYTHONPATH': ROOT, 'CUDA_VISIBLE_DEVICES': '-1'}
     done = subprocess.run([sys.executable, '-c', '\n'.join(code)], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     out = done.stdout
     assert 'models/notebook/checkpoint-60' in out and '60 steps: ' in out
