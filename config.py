@@ -214,7 +214,7 @@ def check_config(config):
             near = difflib.get_close_matches(key[:200], SCHEMA, 1, 0.5)
             raise UserError(f'unknown key {key[:200]!r}; '
                             + (f'did you mean {near[0]}?' if near else
-                               'docs/configuration.md lists the keys'))
+                               'docs/configuration.md lists the keys, from model_dir on'))
         if not SCHEMA[key].check(value):
             raise UserError(f'{key} must be {SCHEMA[key].expected}, got {_shown(value)}')
     for key in SCHEMA:

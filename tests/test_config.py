@@ -196,7 +196,7 @@ def test_monstrous_values_are_refused_in_a_line_of_reasonable_length(tmp_path, k
 @pytest.mark.parametrize('key, near', [
     ('epsilonn', 'did you mean epsilon?'), ('numsteps', 'did you mean num_steps?'),
     ('traning_mode', 'did you mean training_mode?'),
-    ('xyz', 'docs/configuration.md lists the keys')])
+    ('xyz', 'docs/configuration.md lists the keys, from model_dir on')])
 def test_unknown_key_is_named_with_the_nearest_one(tmp_path, key, near):
     for message in (refusal(write(tmp_path, f'{{"{key}": 64}}')), refusal(settings=[f'{key}=64'])):
         assert message == f"unknown key '{key}'; {near}"
