@@ -28,7 +28,7 @@ DISTRIBUTIONS = ('none', 'mirrored', 'multi_worker')
 BATCH_NORMS = ('per_replica', 'synchronized')
 PRECISIONS = ('float32', 'mixed_bfloat16')
 LOSS_FUNCS = ('xent', 'cw')
-INFERENCE_MODES = ('bn', 'pn', 'bn_shaping')
+INFERENCE_MODES = ('bn', 'pn', 'bn_shaping', 'bn_recorded')
 
 flags.DEFINE_string('config', None, 'Configuration file; its keys override those of config.json.')
 flags.DEFINE_multi_string('set', [], 'key=value: overrides one key of the configuration.')

@@ -2,7 +2,7 @@
 
     python eval.py --inference bn_shaping               # the newest checkpoint in model_dir
     python eval.py --model_dir DIR --attack all         # with the configuration stored in DIR
-    python eval.py --num_draws 10                       # bn_shaping under ten draws
+    python eval.py --num_draws 10                       # what draws, under ten draws
     python eval.py --checkpoint models/secret/checkpoint-70000 --inference pn
     python eval.py --watch                              # each checkpoint of a training as it comes
     python eval.py --pictures samples.png               # with pictures of the first test images
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from absl import flags
 import numpy as np
 
-from attacks import ATTACKS, MINIMUM_NORM, check_names, make_attack, num_examples
+from attacks import ATTACKS, DIRECT, MINIMUM_NORM, check_names, make_attack, num_examples
 from config import (INFERENCE_MODES, SCHEMA, begin, choice, config_from_flags, define_model_flags,
                     parse_setting, relevant)
 from running.program import ANY, run
@@ -32,9 +32,9 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
     flags.DEFINE_string('inference', 'all',
                         f'Comma-separated: {", ".join(INFERENCE_MODES)}, or all.')
     flags.DEFINE_string('attack', 'clean,pgd', f'Comma-separated: {", ".join(ATTACKS)}, or all.')
-    flags.DEFINE_integer('num_draws', 1, 'Independent draws of clean samples under which '
-                         'bn_shaping classifies each example; the mean, the spread and the share '
-                         'right under all of them are reported.')
+    flags.DEFINE_integer('num_draws', 1, 'Independent draws, of clean samples or of recordings, '
+                         'under which bn_shaping and bn_recorded classify each example; the mean, '
+                         'the spread and the share right under all of them are reported.')
     flags.DEFINE_boolean('watch', False, 'Evaluate each checkpoint of a training as it comes, '
                          'until its last step.')
     flags.DEFINE_string('output', None, 'File to which the results are added. Default: '
@@ -56,7 +56,7 @@ from running import UserError
 from running.arriving import arriving
 from running.unfinished import batches, checkpoint_digest, data_digest, path_of
 from running.untrusted import read_json
-from shaping import make_inference, queries_of
+from shaping import FORMS, form_of, make_inference, queries_of
 
 WORST_CASE = 'worst case'
 WORST_IN_BALL = 'worst in ball'
@@ -154,26 +154,47 @@ def plan_of(model_dir):
 def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, samples=None):
     """Returns a list of results, one for each attack and inference mode, then the worst cases.
 
+    A direct attack goes through the inference that judges it: it is made anew for each mode. All
+    others are made once, and judged by all.
+
     Args:
         model: a model.Model. data: a CIFAR10Data. config: the configuration.
         attacks, modes: keys of ATTACKS, and names in INFERENCE_MODES.
-        num_draws: see evaluate_attack. kept: {attack: path of a file} for evaluate_attack, or None.
+        num_draws: see evaluate_attack. kept: what kept_files returns, or None.
         samples: a dict, to which evaluate_attack adds.
 
     Raises:
         RuntimeError: an adversarial batch left its ball or [0, 255]: a defect, nothing is counted.
     """
     judges = make_judges(model, data, config, modes)
-    made = {name: make_attack(name, model, data, config, num_draws) for name in attacks}
-    results, right, in_ball = [], {}, {}
-    for name, attack in made.items():
-        of_attack, right[name], in_ball[name] = evaluate_attack(
-            name, attack, data, config, judges, num_draws, kept and kept[name], samples)
+    rounds = []  # all are made before the first is run: fail now
+    for label, name, judging in rounds_of(attacks, modes):
+        chosen = {judge: judges[judge] for judge in judges if judge[0] in judging}
+        through = next(iter(chosen.values())) if name in DIRECT else None
+        attack = make_attack(name, model, data, config, num_draws, through)
+        rounds.append((label, name, attack, chosen))
+
+    results, right, in_ball, settings = [], {}, {}, {mode: {} for mode in modes}
+    for label, name, attack, chosen in rounds:
+        of_attack, of_judges, of_ball = evaluate_attack(
+            name, attack, data, config, chosen, num_draws, kept and kept[label], samples, label)
         results += of_attack
-    settings = {name: {key: value for key, value in made[name][1].items() if key != 'library'}
-                for name in attacks}
-    return results + [{**r, 'attack_settings': settings}
+        right.setdefault(name, {}).update(of_judges)
+        in_ball.setdefault(name, {}).update(dict.fromkeys(chosen, of_ball))
+        for mode, _ in chosen:
+            settings[mode][name] = {k: v for k, v in attack[1].items() if k != 'library'}
+    return results + [{**r, 'attack_settings': settings[r['inference']]}
                       for r in worst_cases(right, in_ball, config)]
+
+
+def rounds_of(attacks, modes):
+    """Yields (label, attack, modes that judge it): a direct attack has a round for each mode."""
+    for name in attacks:
+        if name in DIRECT:
+            for mode in modes:
+                yield f'{name} through {mode}', name, [mode]
+        else:
+            yield name, name, modes
 
 
 def make_judges(model, data, config, modes, ratios=None):
@@ -193,23 +214,25 @@ def make_judges(model, data, config, modes, ratios=None):
     return judges
 
 
-def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, samples=None):
+def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, samples=None,
+                    label=None):
     """Makes one attack's examples, once, and has each judge classify them.
 
-    Every batch is verified to lie in its ball and in [0, 255] before it is counted. The clean
-    samples of bn_shaping are the same for each attack (drawn by the batch's number), so that the
-    attacks are compared on equal terms.
+    Every batch is verified to lie in its ball and in [0, 255] before it is counted. What an
+    inference draws is the same for each attack (drawn by the batch's number), so that the attacks
+    are compared on equal terms.
 
     Args:
         name, attack: an attack's name and what make_attack returned for it.
         judges: as make_judges returns them.
-        num_draws: under how many independent draws of clean samples bn_shaping classifies each
+        num_draws: under how many independent draws an inference that draws classifies each
             example. Its accuracy is then the mean over the draws.
         kept: path of a file for this attack alone, in which each batch that is finished is kept; if
             it is there, the attack resumes after the last one. The file's name must say what the
             results depend on (unfinished.path_of). None: nothing is kept.
-        samples: a dict that gets, under `name`, the first adversarial examples and what each judge
+        samples: a dict that gets, under `label`, the first adversarial examples and what each judge
             answers, under the first draw: (float32 [k, 32, 32, 3], {judge: labels [k]}).
+        label: the name that the progress shows. Default: the attack's.
 
     Returns:
         (a list of results, one a judge; {judge: bool [draws, n], which were right}; bool [n], which
@@ -218,20 +241,21 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
     images, labels = eval_examples(data, config)
     batch_size, n = config['eval_batch_size'], num_examples(name, config)
     perturb, settings = attack
-    queries = {judge: num_draws if judge[0] == 'bn_shaping' else 1 for judge in judges}
+    label = label or name
+    queries = {judge: num_draws if judge[0] in FORMS else 1 for judge in judges}
     right = {judge: np.zeros([draws, n], bool) for judge, draws in queries.items()}
     xent, in_ball, l2 = {judge: np.zeros([]) for judge in judges}, np.zeros(n, bool), np.zeros(n)
     seconds, k = np.zeros([]), min(NUM_SAMPLES, n)
     firsts, answers = np.zeros([k, 32, 32, 3], np.float32), {j: np.zeros(k, int) for j in judges}
     found = [*right.values(), *xent.values(), in_ball, l2, seconds, firsts, *answers.values()]
-    for start, end in batches(kept, found, n, batch_size, name):
+    for start, end in batches(kept, found, n, batch_size, label):
         x_nat, y = images[start:end].astype(np.float32), labels[start:end]
         begin = timer()
         x_adv = np.asarray(perturb(start, end), np.float32)
         seconds += timer() - begin
         fault = perturbation_fault(x_nat, x_adv, settings['epsilon'])
         if fault:
-            raise RuntimeError(f'{name}, samples {start} to {end - 1}: {fault}')
+            raise RuntimeError(f'{label}, samples {start} to {end - 1}: {fault}')
         change = np.abs(x_adv - x_nat).reshape(end - start, -1)
         in_ball[start:end] = change.max(axis=1) <= config['epsilon'] + 1e-4
         l2[start:end] = np.linalg.norm(change / 255, axis=1)
@@ -253,20 +277,23 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
     results = [cell(name, judge, right[judge], config, {'xent': float(xent[judge]), **settings})
                for judge in judges]
     if samples is not None:
-        samples[name] = firsts, answers
+        samples[label] = firsts, answers
     return results, right, in_ball
 
 
 def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1):
-    """Returns {attack: path in folder} of where `evaluate` is to keep its finished batches.
+    """Returns {label: path in folder} of where `evaluate` is to keep its finished batches.
+
+    The labels are those of rounds_of.
 
     Args:
         checkpoint: its prefix. of_data: unfinished.data_digest of the data.
         config, attacks, modes, num_draws: as `evaluate` will get them.
     """
-    of_all = [checkpoint_digest(checkpoint), of_data, list(modes), num_draws]
-    return {name: path_of(folder, name, [*of_all, name, num_examples(name, config),
-                                         relevant(config, name)]) for name in attacks}
+    of_all = [checkpoint_digest(checkpoint), of_data, num_draws]
+    return {label: path_of(folder, label.replace(' ', '_'), [
+        *of_all, list(judging), name, num_examples(name, config), relevant(config, name)])
+        for label, name, judging in rounds_of(attacks, modes)}
 
 
 def worst_cases(right, in_ball, config):
@@ -277,19 +304,20 @@ def worst_cases(right, in_ball, config):
     within epsilon, so not FGSM's at 16 nor what C&W and DeepFool find farther off.
 
     Args:
-        right, in_ball: {attack: what evaluate_attack returned}.
+        right: {attack: {judge: bool [draws, n]}}, which are right. in_ball: {attack: {judge: bool
+            [n]}}, which of the examples that the judge saw lie within epsilon.
     """
     if len(right) < 2:
         return []
-    n = min(len(v) for v in in_ball.values())
+    n = min(len(v) for of_attack in in_ball.values() for v in of_attack.values())
     results = []
     for name in (WORST_CASE, WORST_IN_BALL):
         settings = {'attacks': list(right)}
         if name == WORST_IN_BALL:
             settings['epsilon'] = config['epsilon']
         for judge in next(iter(right.values())):
-            survive = [right[a][judge][:, :n] | (False if name == WORST_CASE else ~in_ball[a][:n])
-                       for a in right]
+            survive = [right[a][judge][:, :n] | (
+                False if name == WORST_CASE else ~in_ball[a][judge][:n]) for a in right]
             results.append(cell(name, judge, np.all(survive, axis=0), config, settings))
     return results
 
@@ -305,10 +333,10 @@ def cell(name, judge, right, config, settings):
     accuracies = right.mean(axis=1)
     result = {'attack': name, 'inference': mode, 'accuracy': float(accuracies.mean()),
               'interval': [*wilson_interval(float(accuracies.mean()) * n, n)], 'num_examples': n,
-              **settings, 'eval_batch_size': min(config['eval_batch_size'], n)}
-    if mode == 'bn_shaping':
-        result |= {'inference_shaping_ratio': ratio,
-                   'shaping_batch_size': config['shaping_batch_size']}
+              **settings, 'eval_batch_size': min(config['eval_batch_size'], n),
+              **form_of(mode, config)}
+    if ratio is not None:
+        result['inference_shaping_ratio'] = ratio
     if draws > 1:
         in_all = int(right.all(axis=0).sum())
         result |= {'num_draws': draws, 'spread': float(accuracies.std(ddof=1)),
@@ -339,9 +367,9 @@ def request_from_flags(config):
     num_draws = flags.FLAGS.num_draws
     if not 1 <= num_draws <= 1000:
         raise UserError(f'--num_draws must be an integer, 1 to 1000, got {num_draws}')
-    if flags.FLAGS['num_draws'].present and 'bn_shaping' not in modes:
+    if flags.FLAGS['num_draws'].present and not set(FORMS) & set(modes):
         raise UserError(f'--num_draws is {num_draws}, but --inference {",".join(modes)} draws '
-                        'nothing; expected bn_shaping among --inference')
+                        f'nothing; expected {" or ".join(FORMS)} among --inference')
     if flags.FLAGS.watch and flags.FLAGS.checkpoint:
         raise UserError('--watch waits for new checkpoints, --checkpoint names one; expected one '
                         'of them')

@@ -53,11 +53,12 @@ def print_table(results, modes):
                          f'population norms {r["median_l2"]:.4f}, pixels in [0, 1]')
     draws = [r for r in results if 'num_draws' in r]
     if draws:
-        print(f'bn_shaping under {draws[0]["num_draws"]} draws of clean samples: mean, standard '
-              'deviation between draws, [least, greatest], right under all')
+        print(f'Under {draws[0]["num_draws"]} draws: mean, standard deviation between draws, '
+              '[least, greatest], right under all')
         for r in draws:
             low, high = r['range']
-            print(f'{marked(r, most)}{100 * r["accuracy"]:>8.2f} {100 * r["spread"]:6.2f} '
+            print(f'{marked(r, most)}{r["inference"]:<12}{100 * r["accuracy"]:>8.2f} '
+                  f'{100 * r["spread"]:6.2f} '
                   f'[{100 * low:5.2f}, {100 * high:5.2f}] {100 * r["accuracy_all_draws"]:8.2f}')
     for note in notes:
         print(note)
@@ -279,9 +280,9 @@ def write_summaries(results, samples, data, step, config, usual):
             for tag in ('{} nat',) if r['attack'] == 'clean' else ('{} adv', '{} adv eval'):
                 tf.summary.scalar(tag.format('accuracy'), r['accuracy'], step)
                 tf.summary.scalar(tag.format('xent'), r['xent'], step)
-    for name, (x_adv, answers) in samples.items():
-        tag = f'{name} eval' + tag_settings(next(r for r in results if r['attack'] == name), config,
-                                            usual)
+    for label, (x_adv, answers) in samples.items():
+        row = next(r for r in results if r['attack'] == label.split()[0])
+        tag = f'{label} eval' + tag_settings(row, config, usual)
         tf.summary.image(f'images {tag}', panels(data.eval_data.xs, x_adv) / 255, step,
                          max_outputs=len(x_adv), description=
                          f'clean, adversarial, difference times {DIFFERENCE_TIMES}')

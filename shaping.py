@@ -1,4 +1,6 @@
 """Norm shaping, the paper's contribution: n:1 batches, the tail mask, the inference modes."""
+from typing import NamedTuple
+
 import numpy as np
 
 from config import INFERENCE_MODES, check_ratio
@@ -6,10 +8,13 @@ import tensorflow as tf
 
 from running import UserError
 
-RECORDED = 'bn_recorded'  # no name of --inference yet: no attack goes through it
 MAX_IMAGES = 1000  # in one forward pass of shaped batches: a bound on memory, not on a call
 MAX_GRADIENT_IMAGES = 100  # in one gradient of them, which keeps all activations
 DRAW = 10 ** 6  # offset between the query numbers of successive draws of clean samples
+# The modes that draw, and the keys that say how: their form
+FORMS = {'bn_shaping': ('inference_shaping_ratio', 'shaping_batch_size'),
+         'bn_recorded': ('inference_shaping_ratio', 'num_recordings', 'recorded_samples')}
+OTHERS, RECORDINGS, DRAWN_RECORDING = 1, 1, 2  # beside the seed: each has random numbers of its own
 
 
 def num_clean(batch_size, ratio):
@@ -32,13 +37,96 @@ def masked(x, x_nat, tail):
     return x if tail is None else tf.where(tail[:, None, None, None], x, x_nat)
 
 
-class ShapedInference:
+# ---- the inference modes
+
+
+class Part(NamedTuple):
+    """Some images of a call, [start:end], that pass through the network together."""
+    start: int
+    end: int
+    first: int = 0   # the first of the groups that they form,
+    groups: int = 1  # how many there are,
+    size: int = 0    # and how much is drawn for each
+
+
+class Inference:
+    """Classifies by the batch norms of the batch itself, 'bn', or by population norms, 'pn'.
+
+    Also what all inference modes have in common: **logits under a draw**. A draw is all that an
+    inference leaves to chance, a function of (group, size) -> integers [size]. These two leave
+    nothing. An attack through an inference takes the draw that answers (`known`), one that shares
+    nothing with it (`other`), or one that follows the same rule (`fresh`); fills in the parts of a
+    batch by it (`drawn`), and differentiates through `logits`.
+
+    Args:
+        model: a model.Model. mode: 'bn' or 'pn'.
+    """
+
+    def __init__(self, model, mode):
+        self.model, self.mode = model, mode
+        self._graph = tf.function(self.logits)
+
+    def __call__(self, images, query):
+        """Returns the logits [b, num_classes] of images [b, 32, 32, 3], pixels in [0, 255].
+
+        Args:
+            query: a number; the same one draws the same, whatever else was asked.
+        """
+        images, draw = tf.cast(images, tf.float32), self.known(query)
+        logits = [self._graph(images[part.start:part.end], self.drawn(part, draw))
+                  for part in self.parts(len(images))]
+        return tf.concat(logits, axis=0)
+
+    def logits(self, images, drawn):
+        """Returns the logits [b, num_classes] of a part's images under what was drawn for them.
+
+        TensorFlow ops alone, so that an attack can differentiate through it.
+
+        Args:
+            drawn: what `drawn` returns, int32 [groups, size].
+        """
+        return self.model(images, training=self.mode == 'bn', update_population_norms=False)
+
+    def parts(self, num_images, max_images=MAX_IMAGES):
+        """Returns the Parts of a call with so many images, each of at most max_images if it can."""
+        return [Part(0, num_images)]
+
+    def drawn(self, part, draw):
+        """Returns what a draw gives a part, int32 [groups, size]."""
+        return np.stack([draw(group, part.size)
+                         for group in range(part.first, part.first + part.groups)]).astype(np.int32)
+
+    def known(self, query):
+        """Returns the draw that answers a query."""
+        return lambda group, size: np.zeros(size)
+
+    def other(self, queries, query):
+        """Returns a draw for `query` that shares nothing with those that answer `queries`.
+
+        Raises:
+            UserError: too little is left.
+        """
+        return self.known(query)
+
+    def fresh(self, rng):
+        """Returns a draw by the same rule, of random numbers of one's own."""
+        return self.known(None)
+
+    @property
+    def draws(self):
+        """Whether anything is drawn."""
+        return self.mode in FORMS
+
+
+class ShapedInference(Inference):
     """Classifies test samples by the batch norms of n:1 batches of clean and test samples (Eq. 6).
 
     Each batch holds num_clean clean training samples, drawn afresh, then test samples; only the
     latter's logits come back. Many batches are one forward pass, each normalized by its own
     statistics. A batch of n + 1 samples is Eq. 6 to the letter, one test sample in each; larger
     ones, as in the paper's evaluation, hold several test samples that share their norms.
+
+    A draw gives each batch the numbers of its clean samples.
 
     Args:
         model: a model.Model.
@@ -55,16 +143,14 @@ class ShapedInference:
     """
 
     def __init__(self, model, clean_images, ratio, batch_size, seed):
-        self.model = model
-        self.clean_images = clean_images
-        self.ratio = ratio
+        super().__init__(model, 'bn_shaping')
+        self.num_images, self.ratio, self.seed = len(clean_images), ratio, seed
         self.num_clean = num_clean(batch_size, ratio)
         self.num_test = batch_size - self.num_clean
-        self.seed = seed
-        self._graph = tf.function(self.logits)
-        if self.num_clean > len(clean_images):
+        if self.num_clean > self.num_images:
             raise UserError(f'{self.num_clean} clean samples a batch, but only '
-                            f'{len(clean_images)} to draw from')
+                            f'{self.num_images} to draw from')
+        self.clean_images = tf.constant(clean_images)
 
     @classmethod
     def from_config(cls, model, data, config):
@@ -72,81 +158,58 @@ class ShapedInference:
         return cls(model, data.train_data.xs, config['inference_shaping_ratio'],
                    config['shaping_batch_size'], config['np_random_seed'])
 
-    def __call__(self, images, query):
-        """Returns the logits [b, num_classes] of images [b, 32, 32, 3], pixels in [0, 255].
-
-        Args:
-            query: a number; the same one draws the same clean samples, whatever else was asked.
-        """
-        images = tf.cast(images, tf.float32)
-        parts = self.split(len(images), query)
-        logits = [self._graph(images[start:end], clean) for start, end, clean in parts]
-        return tf.concat(logits, axis=0)
-
-    def split(self, num_images, query, max_images=MAX_IMAGES, draw=None):
-        """Returns how one call is made up: a list of (start, end, clean samples).
-
-        images[start:end] are shaped by these clean samples, uint8 [groups, n * test samples in a
-        group, 32, 32, 3]: first the batches that are full, then the smaller one, if any. At most
-        max_images make one part, unless a single batch is larger. `draw` stands in for self.draw.
-        """
-        draw, parts = draw or self.draw, []
-        for start, end, (groups, k) in self.parts(num_images, max_images):
-            first = start // self.num_test
-            clean = np.stack([draw(query, group, k) for group in range(first, first + groups)])
-            parts.append((start, end, clean))
-        return parts
-
-    def parts(self, num_images, max_images):
-        """Yields (start, end, (groups, clean samples in each)) of what split returns."""
-        full, rest = divmod(num_images, self.num_test)
-        at_once = max(1, max_images // (self.num_clean + self.num_test))
-        for first in range(0, full, at_once):
-            groups = min(at_once, full - first)
-            yield first * self.num_test, (first + groups) * self.num_test, (groups, self.num_clean)
-        if rest:
-            yield full * self.num_test, num_images, (1, self.ratio * rest)
-
-    def draw(self, query, group, size):
-        """Returns `size` different clean samples, the same for the same query and group."""
-        return self.clean_images[self._indices(query, group, size)]
-
-    def _indices(self, query, group, size):
-        rng = np.random.default_rng([self.seed, query, group])
-        return rng.choice(len(self.clean_images), size, replace=False)
-
-    def draw_others(self, queries):
-        """Returns draw(query, group, size) of samples that no query in `queries` draws for a group.
-
-        Raises:
-            ValueError (when draw is called): too few clean images are left.
-        """
-        def draw(query, group, size):
-            taken = [self._indices(q, group, size) for q in queries]
-            others = np.setdiff1d(np.arange(len(self.clean_images)), np.concatenate(taken))
-            if len(others) < size:
-                raise UserError(f'{len(queries)} draws leave {len(others)} other clean samples of '
-                                f'{len(self.clean_images)}, but {size} are needed')
-            rng = np.random.default_rng([self.seed, query, group, 1])
-            return self.clean_images[rng.choice(others, size, replace=False)]
-        return draw
-
-    def logits(self, images, clean):
-        """Returns the logits [b, num_classes] of images [b, ...] shaped by clean [groups, k, ...].
-
-        TensorFlow ops alone, so that an attack can differentiate through it.
-        """
-        groups, k = clean.shape[:2]
+    def logits(self, images, drawn):
+        groups, k = drawn.shape
         shape = images.shape[1:]
+        clean = tf.cast(tf.gather(self.clean_images, drawn), tf.float32)
         tests = tf.reshape(images, [groups, -1, *shape])
-        batch = tf.concat([tf.cast(clean, tf.float32), tests], axis=1)
+        batch = tf.concat([clean, tests], axis=1)
         logits = self.model(tf.reshape(batch, [-1, *shape]), training=True, num_groups=groups,
                             update_population_norms=False)
         logits = tf.reshape(logits, [groups, -1, logits.shape[-1]])[:, k:]
         return tf.reshape(logits, [-1, logits.shape[-1]])
 
+    def parts(self, num_images, max_images=MAX_IMAGES):
+        """Returns the Parts of a call: first the batches that are full, then the smaller one.
 
-class RecordedInference:
+        At most max_images make one part, unless a single batch is larger.
+        """
+        full, rest = divmod(num_images, self.num_test)
+        at_once = max(1, max_images // (self.num_clean + self.num_test))
+        parts = []
+        for first in range(0, full, at_once):
+            groups = min(at_once, full - first)
+            parts.append(Part(first * self.num_test, (first + groups) * self.num_test,
+                              first, groups, self.num_clean))
+        if rest:
+            parts.append(Part(full * self.num_test, num_images, full, 1, self.ratio * rest))
+        return parts
+
+    def known(self, query):
+        return lambda group, size: self._choose([self.seed, query, group], size)
+
+    def other(self, queries, query):
+        most = len(queries) * self.num_clean
+        if most + self.num_clean > self.num_images:
+            raise UserError(f'{len(queries)} draws of {self.num_clean} clean samples could leave '
+                            f'too few others of {self.num_images} training images; expected at '
+                            f'most {self.num_images // self.num_clean - 1} draws')
+
+        def draw(group, size):
+            taken = [self.known(q)(group, size) for q in queries]
+            others = np.setdiff1d(np.arange(self.num_images), np.concatenate(taken))
+            rng = np.random.default_rng([self.seed, query, group, OTHERS])
+            return rng.choice(others, size, replace=False)
+        return draw
+
+    def fresh(self, rng):
+        return lambda group, size: self._choose(rng, size)
+
+    def _choose(self, seed, size):
+        return np.random.default_rng(seed).choice(self.num_images, size, replace=False)
+
+
+class RecordedInference(Inference):
     """Classifies each query by the mixture of recorded norms and its own, n:1.
 
     A recording is the mean and the variance at every normalization of clean training images that
@@ -154,6 +217,8 @@ class RecordedInference:
     answer depends on no other query, and costs about a forward pass by population norms. It is Eq.
     6 but for one thing: there, the clean samples' deeper activations are computed under the norms
     of the mixture, here under their own.
+
+    A draw gives each image the number of its recording.
 
     Args:
         model: a model.Model with its weights loaded: the recordings are made at once.
@@ -166,20 +231,19 @@ class RecordedInference:
     """
 
     def __init__(self, model, clean_images, ratio, num_recordings, num_samples, seed):
+        super().__init__(model, 'bn_recorded')
         if num_samples > len(clean_images):
             raise UserError(f'recorded_samples must be at most {len(clean_images)}, the number of '
                             f'training images, got {num_samples}')
-        self.model, self.ratio, self.seed = model, ratio, seed
-        self.num_recordings = num_recordings
+        self.ratio, self.num_recordings, self.seed = ratio, num_recordings, seed
         record = tf.function(lambda images: model.record(tf.cast(images, tf.float32)))
         recordings = []
         for number in range(num_recordings):
-            rng = np.random.default_rng([seed, number, 0, 1])
+            rng = np.random.default_rng([seed, number, 0, RECORDINGS])
             recordings.append(record(clean_images[rng.choice(len(clean_images), num_samples,
                                                              replace=False)]))
         self.recordings = {name: tuple(tf.stack(values) for values in zip(*(
             one[name] for one in recordings))) for name in recordings[0]}
-        self._graph = tf.function(self.logits)
 
     @classmethod
     def from_config(cls, model, data, config):
@@ -187,27 +251,38 @@ class RecordedInference:
         return cls(model, data.train_data.xs, config['inference_shaping_ratio'],
                    config['num_recordings'], config['recorded_samples'], config['np_random_seed'])
 
-    def __call__(self, images, query):
-        """Returns the logits [b, num_classes] of images [b, 32, 32, 3], pixels in [0, 255].
-
-        Args:
-            query: a number; the same one draws the same recordings, one for each image.
-        """
-        return self._graph(tf.cast(images, tf.float32), self.draw(query, len(images)))
-
-    def draw(self, query, num_images):
-        """Returns the number of each image's recording, int32 [num_images]."""
-        rng = np.random.default_rng([self.seed, query, 0, 2])
-        return rng.integers(0, self.num_recordings, num_images, np.int32)
-
     def logits(self, images, drawn):
-        """Returns the logits [b, num_classes] of images under the recordings `drawn`, [b].
-
-        TensorFlow ops alone, so that an attack can differentiate through it.
-        """
+        drawn = tf.reshape(drawn, [-1])
         recorded = {name: [tf.gather(values, drawn) for values in pair]
                     for name, pair in self.recordings.items()}
         return self.model(images, recorded=recorded, ratio=self.ratio)
+
+    def parts(self, num_images, max_images=MAX_IMAGES):
+        return [Part(0, num_images, size=num_images)]
+
+    def known(self, query):
+        return lambda group, size: self._choose([self.seed, query, group, DRAWN_RECORDING], size)
+
+    def other(self, queries, query):
+        if len(queries) >= self.num_recordings:
+            raise UserError(f'num_recordings is {self.num_recordings}, and {len(queries)} draws '
+                            f'may use them all; expected at least {len(queries) + 1}')
+
+        def draw(group, size):
+            taken = np.stack([self.known(q)(group, size) for q in queries], axis=1)
+            chosen = []
+            for i in range(size):
+                others = np.setdiff1d(np.arange(self.num_recordings), taken[i])
+                rng = np.random.default_rng([self.seed, query, group, DRAWN_RECORDING, OTHERS, i])
+                chosen.append(rng.choice(others))
+            return np.array(chosen)
+        return draw
+
+    def fresh(self, rng):
+        return lambda group, size: self._choose(rng, size)
+
+    def _choose(self, seed, size):
+        return np.random.default_rng(seed).integers(0, self.num_recordings, size, np.int32)
 
 
 def make_inference(model, mode, data, config):
@@ -220,15 +295,13 @@ def make_inference(model, mode, data, config):
     Raises:
         ValueError: an unknown mode.
     """
-    modes = (*INFERENCE_MODES, RECORDED)
-    if mode not in modes:
-        raise ValueError(f'mode must be one of {", ".join(modes)}, got {mode!r}')
+    if mode not in INFERENCE_MODES:
+        raise ValueError(f'mode must be one of {", ".join(INFERENCE_MODES)}, got {mode!r}')
     if mode == 'bn_shaping':
         return ShapedInference.from_config(model, data, config)
-    if mode == RECORDED:
+    if mode == 'bn_recorded':
         return RecordedInference.from_config(model, data, config)
-    graph = tf.function(lambda x: model(x, training=mode == 'bn', update_population_norms=False))
-    return lambda images, query: graph(tf.cast(images, tf.float32))
+    return Inference(model, mode)
 
 
 def queries_of(batch, num_draws):
@@ -236,6 +309,6 @@ def queries_of(batch, num_draws):
     return [batch + draw * DRAW for draw in range(num_draws)]
 
 
-def shaping_settings(config):
-    """Returns the form of bn_shaping's batches, as it stands in a configuration."""
-    return {key: config[key] for key in ('inference_shaping_ratio', 'shaping_batch_size')}
+def form_of(mode, config):
+    """Returns how a mode draws, as it stands in a configuration; {} where nothing is drawn."""
+    return {key: config[key] for key in FORMS.get(mode, ())}

@@ -12,7 +12,8 @@ import importlib
 from running import UserError
 
 # name: file.maker; a maker is f(model, data, config, num_draws) -> (attack, settings), see
-# make_attack. The files are imported when they are used: the names are known before TensorFlow is.
+# make_attack; of those in DIRECT, f(inference, data, config, num_draws). The files are imported
+# when they are used: the names are known before TensorFlow is.
 ATTACKS = {
     'clean': 'gradient.clean',                   # changes nothing
     'fgsm': 'gradient.fgsm',                     # one step of fgsm_epsilon (16, the paper's), PN
@@ -20,16 +21,18 @@ ATTACKS = {
     'cw': 'minimum_norm.cw',                     # minimum L2, PN
     'deepfool': 'minimum_norm.deepfool',         # minimum L2, PN
     'shaping': 'shaping.shaping',                # PGD with BN on one share of a batch at a time
-    'adaptive': 'adaptive.adaptive',             # PGD through the clean samples of bn_shaping
-    'adaptive_weak': 'adaptive.adaptive_weak',   # the same through other training samples
-    'apgd': 'apgd.apgd_attack',                  # Auto-PGD, PN, on cross-entropy and on DLR
+    'adaptive': 'adaptive.adaptive',             # PGD through the draw that will answer
+    'adaptive_weak': 'adaptive.adaptive_weak',   # the same through another draw
+    'apgd': 'apgd.apgd',                         # Auto-PGD, PN, on cross-entropy and on DLR
     'apgd_eot': 'apgd.apgd_eot',                 # Auto-PGD through fresh draws at every step
     'random': 'random_search.random_search',     # the strongest of 1,000 perturbations: a check
 }
+# They go through the inference that judges them, and are made anew for each: 'direct'
+DIRECT = ('adaptive', 'adaptive_weak', 'apgd_eot')
 MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
 
 
-def make_attack(name, model, data, config, num_draws=1):
+def make_attack(name, model, data, config, num_draws=1, inference=None):
     """Returns (attack, settings): attack(start, end) -> x_adv of evaluation images [start:end].
 
     x_adv is float32 [end - start, 32, 32, 3]. `settings` says how the examples are made, for the
@@ -40,11 +43,17 @@ def make_attack(name, model, data, config, num_draws=1):
     Args:
         name: a key of ATTACKS.
         data: a CIFAR10Data. config: the configuration.
-        num_draws: under how many draws bn_shaping will classify each batch.
+        num_draws: under how many draws each batch will be classified.
+        inference: what a direct attack goes through, a shaping.Inference. Default: bn_shaping.
     """
     file, maker = ATTACKS[name].split('.')
     module = importlib.import_module(f'attacks.{file}')
-    return getattr(module, maker)(model, data, config, num_draws)
+    if name not in DIRECT:
+        return getattr(module, maker)(model, data, config, num_draws)
+    if inference is None:
+        from shaping import make_inference  # not above: it imports TensorFlow
+        inference = make_inference(model, 'bn_shaping', data, config)
+    return getattr(module, maker)(inference, data, config, num_draws)
 
 
 def num_examples(name, config):

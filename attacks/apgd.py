@@ -2,17 +2,15 @@
 
 PGD with momentum and a step size that halves itself, sample by sample, where a check finds no
 progress. Without draws it is APGD of AutoAttack's standard version; with the gradient averaged over
-fresh draws of clean samples it is the attack of AutoAttack's `rand` version, for defences that draw
-at random: a single draw's gradient is noise to an attacker who cannot know the draw.
+fresh draws it is the attack of AutoAttack's `rand` version, for defences that draw at random: a
+single draw's gradient is noise to an attacker who cannot know the draw.
 """
-import functools
-
 import numpy as np
 import tensorflow as tf
 
 from cifar10_input import eval_examples
-from pgd_attack import margin
-from shaping import MAX_GRADIENT_IMAGES, ShapedInference, shaping_settings
+from pgd_attack import margin, random_bits
+from shaping import MAX_GRADIENT_IMAGES, Inference, form_of
 
 MOMENTUM = 0.75        # the paper's alpha
 PROGRESS = 0.75        # rho: the share of steps since the last check that must have raised the loss
@@ -53,115 +51,127 @@ def checkpoints(num_steps):
     return sorted(set(steps))
 
 
-def apgd(evaluate, x_nat, epsilon, num_steps, rng):
-    """Returns (x_adv, share): the strongest iterates, and how many of the draws are right.
+class APGDAttack:
+    """Auto-PGD on one loss through logits under draws, all its steps in one graph.
 
     Args:
-        evaluate: f(x) -> (loss [b], share [b], gradient [b, 32, 32, 3]), NumPy arrays. The loss to
-            maximize and its gradient, means over the draws; the share of draws with a right answer,
-            0 or 1 where there is one draw or none.
-        x_nat: [b, 32, 32, 3] in [0, 255].
-        epsilon: radius of the ball in pixels. num_steps: steps, one evaluation more.
-        rng: a NumPy generator, of the random start.
+        logits: f(x [b, 32, 32, 3], drawn) -> logits [b, classes].
+        loss_func: a key of LOSSES.
+        epsilon: radius of the ball in pixels. num_steps: steps, one gradient more.
 
     What is kept is the iterate that fewest draws answer rightly and, among equals, the one with the
     highest loss. (AutoAttack keeps one that its last draw misclassified: with random draws, luck.)
     """
-    x_nat = np.asarray(x_nat, np.float32)
-    lower, upper = np.maximum(x_nat - epsilon, 0), np.minimum(x_nat + epsilon, 255)
 
-    def per_sample(values):
-        return values[:, None, None, None]
+    def __init__(self, logits, loss_func, epsilon, num_steps):
+        self.logits, self.loss = logits, LOSSES[loss_func]
+        self.epsilon, self.num_steps = epsilon, num_steps
+        checks = checkpoints(num_steps)
+        self.is_check = np.isin(np.arange(num_steps + 1), checks)
+        self.since_last = np.zeros(num_steps + 1, np.float32)  # at a check: steps since the last
+        self.since_last[checks] = np.diff([0, *checks])
+        self._graph = tf.function(self._perturb)
+        self._judge = tf.function(self.evaluate)
 
-    noise = rng.uniform(-1, 1, x_nat.shape).astype(np.float32)
-    noise /= per_sample(np.abs(noise).max((1, 2, 3)) + np.float32(1e-12))  # it reaches the ball
-    x = np.clip(x_nat + epsilon * noise, lower, upper).astype(np.float32)
-    loss, share, gradient = evaluate(x)
-    x_adv, adv_share, adv_loss = x.copy(), share.copy(), loss.copy()
-    x_best, loss_best, gradient_best = x.copy(), loss.copy(), gradient.copy()
-    x_before = x
-    step_size = np.full(len(x), 2 * epsilon, np.float32)
-    increases = np.zeros(len(x), int)  # since the last check
-    loss_at_check, halved_at_check = loss_best.copy(), np.ones(len(x), bool)
-    checks, last_check = checkpoints(num_steps), 0
+    def perturb(self, x_nat, y, seed, drawn):
+        """Returns (x_adv [b, 32, 32, 3], share [b] of the draws that answer it rightly).
 
-    for step in range(1, num_steps + 1):
-        # The step, with momentum
-        alpha = MOMENTUM if step > 1 else 1.
-        z = np.clip(x + per_sample(step_size) * np.sign(gradient), lower, upper)
-        x_next = np.clip(x + alpha * (z - x) + (1 - alpha) * (x - x_before), lower, upper)
-        x_before, x = x, x_next.astype(np.float32)
-        loss_before = loss
-        loss, share, gradient = evaluate(x)
+        Args:
+            x_nat: [b, 32, 32, 3] in [0, 255]. y: labels [b]. seed: two ints, of the random start.
+            drawn: [steps, draws, ...], what `logits` takes beside x: for each gradient, the draws
+                to average over. The start has the first. Fewer steps take turns.
+        """
+        return self._graph(tf.cast(x_nat, tf.float32), tf.cast(y, tf.int64),
+                           tf.cast(seed, tf.int64), tf.convert_to_tensor(drawn))
 
-        stronger = (share < adv_share) | ((share == adv_share) & (loss > adv_loss))
-        x_adv[stronger] = x[stronger]
-        adv_share[stronger], adv_loss[stronger] = share[stronger], loss[stronger]
-        increases += loss > loss_before
-        better = loss > loss_best
-        x_best[better], loss_best[better] = x[better], loss[better]
-        gradient_best[better] = gradient[better]
+    def judge(self, x, y, drawn):
+        """Returns (loss [b], share [b]), means over the draws `drawn`, [draws, ...]."""
+        return self._judge(tf.cast(x, tf.float32), tf.cast(y, tf.int64),
+                           tf.convert_to_tensor(drawn))[:2]
 
-        # The check: halve the step, and go back to the best point, where there is no progress
-        if step in checks:
-            stuck = increases <= PROGRESS * (step - last_check)
+    def evaluate(self, x, y, drawn):
+        """Returns the loss [b], the share of right answers [b] and the gradient, draws' means."""
+        loss, share, gradient = tf.zeros_like(y, tf.float32), tf.zeros_like(y, tf.float32), 0. * x
+        for one_draw in drawn:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(x)
+                z = self.logits(x, one_draw)
+                of_draw = self.loss(z, y)
+            loss += of_draw
+            share += tf.cast(tf.argmax(z, 1) == y, tf.float32)
+            gradient += tape.gradient(of_draw, x)
+        n = tf.cast(len(drawn), tf.float32)
+        return loss / n, share / n, gradient / n
+
+    def initialize(self, x_nat, seed):
+        """Returns where the attack starts: noise that reaches the ball's surface."""
+        noise = tf.cast(random_bits(x_nat, seed), tf.float32)
+        noise /= tf.reduce_max(tf.abs(noise), axis=[1, 2, 3], keepdims=True)
+        return self.project(x_nat + self.epsilon * noise, x_nat)
+
+    def project(self, x, x_nat):
+        """Returns x clipped to the ball around x_nat and to [0, 255]."""
+        return tf.clip_by_value(x, tf.maximum(x_nat - self.epsilon, 0.),
+                                tf.minimum(x_nat + self.epsilon, 255.))
+
+    def _perturb(self, x_nat, y, seed, drawn):
+        is_check, since_last = tf.constant(self.is_check), tf.constant(self.since_last)
+        x = x_before = self.initialize(x_nat, seed)
+        loss, share, gradient = self.evaluate(x, y, drawn[0])
+        x_adv, adv_share, adv_loss = x, share, loss
+        x_best, loss_best, gradient_best = x, loss, gradient
+        step_size = tf.fill(tf.shape(y), tf.constant(2. * self.epsilon))
+        increases = tf.zeros_like(loss)  # since the last check
+        loss_at_check, halved_at_check = loss, tf.ones_like(y, tf.bool)
+
+        for step in tf.range(1, self.num_steps + 1):
+            # The step, with momentum
+            alpha = tf.where(step > 1, MOMENTUM, 1.)
+            z = self.project(x + per_sample(step_size) * tf.sign(gradient), x_nat)
+            x_next = self.project(x + alpha * (z - x) + (1 - alpha) * (x - x_before), x_nat)
+            x_before, x, loss_before = x, x_next, loss
+            loss, share, gradient = self.evaluate(x, y, drawn[step % len(drawn)])
+
+            stronger = (share < adv_share) | ((share == adv_share) & (loss > adv_loss))
+            x_adv = tf.where(per_sample(stronger), x, x_adv)
+            adv_share = tf.where(stronger, share, adv_share)
+            adv_loss = tf.where(stronger, loss, adv_loss)
+            increases += tf.cast(loss > loss_before, tf.float32)
+            better = loss > loss_best
+            x_best = tf.where(per_sample(better), x, x_best)
+            loss_best = tf.where(better, loss, loss_best)
+            gradient_best = tf.where(per_sample(better), gradient, gradient_best)
+
+            # The check: halve the step, and go back to the best point, where there is no progress
+            stuck = increases <= PROGRESS * since_last[step]
             stuck |= ~halved_at_check & (loss_at_check >= loss_best)
-            step_size[stuck] /= 2
-            x = np.where(per_sample(stuck), x_best, x)
-            gradient = np.where(per_sample(stuck), gradient_best, gradient)
-            loss = np.where(stuck, loss_best, loss)
-            loss_at_check, halved_at_check = loss_best.copy(), stuck
-            increases[:], last_check = 0, step
-    return x_adv, adv_share
+            stuck &= is_check[step]
+            step_size = tf.where(stuck, step_size / 2, step_size)
+            x = tf.where(per_sample(stuck), x_best, x)
+            gradient = tf.where(per_sample(stuck), gradient_best, gradient)
+            loss = tf.where(stuck, loss_best, loss)
+            loss_at_check = tf.where(is_check[step], loss_best, loss_at_check)
+            halved_at_check = tf.where(is_check[step], stuck, halved_at_check)
+            increases = tf.where(is_check[step], 0., increases)
+        return x_adv, adv_share
 
 
-def loss_gradient(logits, loss_func):
-    """Returns a tf.function of (x, y, *given) -> (loss [b], right [b] as 0 or 1, gradient).
-
-    Args:
-        logits: f(x, *given) -> logits [b, classes]. loss_func: a key of LOSSES.
-    """
-    @tf.function
-    def f(x, y, *given):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(x)
-            z = logits(x, *given)
-            loss = LOSSES[loss_func](z, y)
-        right = tf.cast(tf.argmax(z, 1) == y, tf.float32)
-        return loss, right, tape.gradient(loss, x)
-    return f
+def per_sample(values):
+    """Returns values [b] in the shape in which they go with images, [b, 1, 1, 1]."""
+    return values[:, None, None, None]
 
 
-def averaged(gradient_of, y, draws):
-    """Returns apgd's evaluate: the mean of a loss_gradient over draws.
+def strongest(examples, attack, y, drawn):
+    """Returns for each sample the strongest of several examples, and its share of right draws.
 
     Args:
-        y: labels [b]. draws: f() -> what to average over, each the `given` of one call.
+        examples: a list of [b, 32, 32, 3]. attack: the APGDAttack whose loss settles what as many
+            draws answer rightly. drawn: the draws that judge, the same for all.
     """
-    y = tf.constant(y, tf.int64)
-
-    def evaluate(x):
-        x = tf.constant(x, tf.float32)
-        parts = [[v.numpy() for v in gradient_of(x, y, *given)] for given in draws()]
-        return [np.mean(part, axis=0, dtype=np.float32) for part in zip(*parts)]
-
-    return evaluate
-
-
-def strongest(gradient_of, x_nat, y, epsilon, num_steps, rng, draws):
-    """Returns for each sample the stronger of APGD's examples on each loss, [b, 32, 32, 3].
-
-    Args:
-        gradient_of: {loss: loss_gradient of it}. draws: as averaged takes them. Which example is
-            stronger is decided by one more set of draws, the same for all.
-    """
-    examples = [apgd(averaged(gradient, y, draws), x_nat, epsilon, num_steps, rng)[0]
-                for gradient in gradient_of.values()]
-    given = list(draws())
-    judged = [averaged(gradient_of['xent'], y, lambda: given)(x) for x in examples]
+    judged = [attack.judge(x, y, drawn) for x in examples]
     loss, share = (np.array([one[i] for one in judged]) for i in (0, 1))
     first = np.lexsort((-loss, share), axis=0)[0]  # fewest right draws, then highest loss
-    return np.choose(first[:, None, None, None], examples)
+    return np.choose(per_sample(first), [np.asarray(x) for x in examples])
 
 
 def apgd_settings(data, config):
@@ -171,59 +181,58 @@ def apgd_settings(data, config):
             'loss_func': '+'.join(loss_funcs)}
 
 
-def attackers_rng(config, start):
-    """Returns the generator of the attacker's own draws: none is the defender's."""
-    return np.random.default_rng([config['np_random_seed'], start, 0, 0, 1])
-
-
-def apgd_attack(model, data, config, num_draws):
+def apgd(model, data, config, num_draws):
     """Returns Auto-PGD of apgd_num_steps steps with population norms; see attacks.make_attack.
 
     It runs once on cross-entropy and once on the difference of logits ratio, each on every sample,
     and keeps for each sample the stronger of the two examples.
     """
+    return _through(Inference(model, 'pn'), data, config, {})
+
+
+def apgd_eot(inference, data, config, num_draws):
+    """Returns Auto-PGD through fresh draws at every step; see attacks.make_attack.
+
+    It averages loss and gradient over eot_draws draws, the attacker's own: he knows the training
+    set and the protocol, the recordings if there are any, not the defender's seed. AutoAttack's
+    `rand` version gives a sample up as beaten after one lucky draw (its pull requests 104 and 105):
+    here no sample is given up, and which of the two examples is stronger is settled by eot_draws
+    more draws, the same for both. Where several test samples share a batch, each sample's best
+    example met the others' examples of the same step, not their best ones; shaping_batch_size = n +
+    1 leaves nothing to share. Where nothing is drawn, one gradient a step is enough.
+    """
+    eot_draws = {'eot_draws': config['eot_draws']} if inference.draws else {}
+    return _through(inference, data, config, eot_draws)
+
+
+def _through(inference, data, config, eot_draws):
+    """Returns Auto-PGD on each loss through an inference: through fresh draws, so many if any."""
     images, labels = eval_examples(data, config)
     settings = apgd_settings(data, config)
-    gradient_of = {f: loss_gradient(lambda x: model(x, training=False), f)
-                   for f in settings['loss_func'].split('+')}
+    attacks = [APGDAttack(inference.logits, f, settings['epsilon'], settings['num_steps'])
+               for f in settings['loss_func'].split('+')]
+    steps, draws = (settings['num_steps'] + 1, *eot_draws.values()) if eot_draws else (1, 1)
 
     def perturb(start, end):
-        return tf.constant(strongest(
-            gradient_of, images[start:end], labels[start:end], settings['epsilon'],
-            settings['num_steps'], attackers_rng(config, start), lambda: [()]))
+        # None of the attacker's own draws is the defender's
+        rng = np.random.default_rng([config['np_random_seed'], start, 0, 0, 1])
+        examples = []
+        for part in inference.parts(end - start, MAX_GRADIENT_IMAGES):
+            a, b = start + part.start, start + part.end
+            of_losses = []
+            for i, attack in enumerate(attacks):
+                drawn = fresh_draws(inference, part, rng, steps, draws)
+                seed = config['np_random_seed'], len(attacks) * a + i
+                of_losses.append(attack.perturb(images[a:b], labels[a:b], seed, drawn)[0])
+            judging, = fresh_draws(inference, part, rng, 1, draws)
+            examples.append(strongest(of_losses, attacks[0], labels[a:b], judging))
+        return tf.constant(np.concatenate(examples))
 
-    return perturb, {**settings, 'norms': 'pn'}
+    return perturb, {**settings, 'norms': inference.mode, **eot_draws,
+                     **form_of(inference.mode, config)}
 
 
-def apgd_eot(model, data, config, num_draws):
-    """Returns Auto-PGD through fresh draws of clean samples at every step; see attacks.make_attack.
-
-    It goes through n:1 batches of the inference's form and averages loss and gradient over
-    eot_draws draws of clean training samples, the attacker's own: he knows the training set and the
-    protocol, not the defender's seed. AutoAttack's `rand` version gives a sample up as beaten after
-    one lucky draw (its pull requests 104 and 105): here no sample is given up, and which of the two
-    examples is stronger is settled by eot_draws more draws, the same for both. Where several test
-    samples share a batch, each sample's best example met the others' examples of the same step, not
-    their best ones; shaping_batch_size = n + 1 leaves nothing to share.
-    """
-    images, labels = eval_examples(data, config)
-    settings, clean_images = apgd_settings(data, config), data.train_data.xs
-    shaped = ShapedInference.from_config(model, data, config)
-    gradient_of = {f: loss_gradient(shaped.logits, f) for f in settings['loss_func'].split('+')}
-
-    def fresh_draws(rng, groups, k):
-        for _ in range(config['eot_draws']):
-            yield clean_images[np.stack([rng.choice(len(clean_images), k, replace=False)
-                                         for _ in range(groups)])],
-
-    def perturb(start, end):
-        x_nat, y, rng = images[start:end], labels[start:end], attackers_rng(config, start)
-        parts = []
-        for a, b, (groups, k) in shaped.parts(end - start, MAX_GRADIENT_IMAGES):
-            draws = functools.partial(fresh_draws, rng, groups, k)
-            parts.append(strongest(gradient_of, x_nat[a:b], y[a:b], settings['epsilon'],
-                                   settings['num_steps'], rng, draws))
-        return tf.constant(np.concatenate(parts))
-
-    return perturb, {**settings, 'norms': 'bn_shaping', 'eot_draws': config['eot_draws'],
-                     **shaping_settings(config)}
+def fresh_draws(inference, part, rng, steps, draws):
+    """Returns `draws` of one's own for each of so many steps, int32 [steps, draws, ...]."""
+    return np.stack([[inference.drawn(part, inference.fresh(rng)) for _ in range(draws)]
+                     for _ in range(steps)])

@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from config import relevant
-from attacks import make_attack, num_examples
+from attacks import DIRECT, make_attack, num_examples
 from eval import evaluate_attack, make_judges
 from paper.population_norms import NUM_BATCHES, set_population_norms
 from paper.published import INFERENCES
@@ -69,12 +69,21 @@ class Evaluations:
     def attack(self, name, inferences=INFERENCES, ratios=None, norms='trained', **settings):
         """Returns the evaluation under one attack: 'results', as eval.py has them, and 'right'.
 
+        A direct attack is made anew, and kept, for each of several inference modes.
+
         Args:
             inferences: inference modes that judge it, one result for each.
             ratios: inference shaping ratios, one result for each; see eval.make_judges.
             norms: how the population norms are estimated; one of population_norms.RULES.
             settings: keys of the configuration that are changed for this attack.
         """
+        if name in DIRECT:
+            return joined([self.judged(name, (inference,), ratios, norms, **settings)
+                           for inference in inferences])
+        return self.judged(name, inferences, ratios, norms, **settings)
+
+    def judged(self, name, inferences, ratios, norms, **settings):
+        """Returns the evaluation under one attack, its examples made once; see attack."""
         config = {**self.config, **settings}
         identity = {**relevant(config, name), 'num_examples': num_examples(name, config),
                     'modes': list(inferences), 'ratios': ratios}
@@ -88,8 +97,9 @@ class Evaluations:
             model, data = self.load(), self.data
             set_population_norms(model, data, config, norms)
             judges = make_judges(model, data, config, inferences, ratios)
+            attack = make_attack(name, model, data, config, 1, next(iter(judges.values())))
             results, right, in_ball = evaluate_attack(
-                name, make_attack(name, model, data, config), data, config, judges, 1, unfinished)
+                name, attack, data, config, judges, 1, unfinished)
             return {'results': results, 'right': [as_digits(right[judge][0]) for judge in judges],
                     'in_ball': as_digits(in_ball)}
 
@@ -120,6 +130,19 @@ class StoredEvaluations(Evaluations):
             of_training, what, *_, identity = evaluation['identity']
             self.kept[json.dumps([of_training, what, identity], sort_keys=True)] = evaluation
 
+    def attack(self, name, inferences=INFERENCES, ratios=None, norms='trained', **settings):
+        """Returns the evaluation under one attack that is kept.
+
+        Older folders hold direct attacks made once, through bn_shaping, and judged by all modes:
+        their results say which norms they went through.
+        """
+        try:
+            return super().attack(name, inferences, ratios, norms, **settings)
+        except UserError:
+            if name not in DIRECT:
+                raise
+            return self.judged(name, INFERENCES, ratios, norms, **settings)
+
     def get(self, what, identity, compute):
         """Returns the evaluation `what` that is kept, of whatever weights and images.
 
@@ -134,6 +157,14 @@ class StoredEvaluations(Evaluations):
 
 
 # ---- what an evaluation says
+
+
+def joined(evaluations):
+    """Returns the evaluations of one attack, each under other inference modes, as one."""
+    together = {key: [each for one in evaluations for each in one[key]]
+                for key in ('results', 'right')}
+    in_ball = np.all([from_digits(one['in_ball']) for one in evaluations], axis=0)
+    return {**together, 'in_ball': as_digits(in_ball)}
 
 
 def result_of(evaluation, inference, ratio=None):

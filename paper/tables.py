@@ -66,7 +66,7 @@ def worst_cases_of(by_attack, config):
     """Returns the results of the worst cases over {attack: evaluation}, as eval.py has them."""
     right = {attack: {(inference, None): right_of(evaluation, inference)[None]
                       for inference in INFERENCES} for attack, evaluation in by_attack.items()}
-    in_ball = {attack: from_digits(evaluation['in_ball'])
+    in_ball = {attack: dict.fromkeys(right[attack], from_digits(evaluation['in_ball']))
                for attack, evaluation in by_attack.items()}
     return worst_cases(right, in_ball, config)
 

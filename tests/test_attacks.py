@@ -4,14 +4,15 @@ import pytest
 import tensorflow as tf
 
 from attacks import apgd, make_attack, random_search
-from attacks.adaptive import ShapedPGDAttack
+from attacks.adaptive import AdaptivePGD
 from attacks.minimum_norm import minimum_norm_attack
 from cifar10_input import CIFAR10Data
 from pgd_attack import LinfPGDAttack
 from running import UserError
-from shaping import DRAW, ShapedInference, make_inference
+from shaping import DRAW, INFERENCE_MODES, ShapedInference, make_inference
 
 RNG = np.random.default_rng(0)
+NOTHING_DRAWN = np.zeros([1, 1, 1, 0], np.int32)
 WEIGHTS = RNG.normal(size=(32 * 32 * 3, 3)).astype(np.float32) / 5000
 
 
@@ -111,78 +112,112 @@ def test_apgd_reaches_the_corner_that_is_the_optimum(linear, loss_func):
     y = z.argmax(1)
     direction = np.sign(WEIGHTS[:, 1] - WEIGHTS[:, 0]).reshape(32, 32, 3)
     corner = two_classes(images + 4 * direction * np.where(y, -1, 1)[:, None, None, None]).numpy()
-    gradient_of = apgd.loss_gradient(two_classes, loss_func)
-    x_adv, right = apgd.apgd(apgd.averaged(gradient_of, y, lambda: [()]), images, 4., 30,
-                             np.random.default_rng(0))
+    x_adv, right = apgd.APGDAttack(lambda x, drawn: two_classes(x), loss_func, 4., 30).perturb(
+        images, y, (0, 0), NOTHING_DRAWN)
+    x_adv = x_adv.numpy()
     assert np.abs(x_adv - images).max() <= 4
     def lead(z):
         return (z[:, 0] - z[:, 1]) * np.where(y, -1, 1)
     reached = lead(two_classes(x_adv).numpy())
     assert (lead(z) - reached > 0.98 * (lead(z) - lead(corner))).all()
-    assert (right == (reached > 0)).all()
+    assert (right.numpy() == (reached > 0)).all()
 
 
 def test_apgd_halves_its_step_where_it_finds_no_progress():
     """The loss peaks inside the ball: fixed steps of 2 epsilon would jump over it for ever."""
     peak = 3.3
-    def evaluate(x):
-        offset = x - (100 + peak)
-        return -np.abs(offset).sum((1, 2, 3)), np.ones(len(x), np.float32), -np.sign(offset)
-    x_adv, _ = apgd.apgd(evaluate, np.full((1, 4, 4, 1), 100.), 8., 100, np.random.default_rng(0))
+    class Peak(apgd.APGDAttack):
+        def evaluate(self, x, y, drawn):
+            offset = x - (100 + peak)
+            return -tf.reduce_sum(tf.abs(offset), [1, 2, 3]), tf.ones([len(x)]), -tf.sign(offset)
+    x_adv, _ = Peak(None, 'xent', 8., 100).perturb(
+        np.full((1, 4, 4, 1), 100.), [0], (0, 0), NOTHING_DRAWN)
     assert np.abs(x_adv - 100 - peak).mean() < 0.3
 
 
-def shaped_examples(name, model, data, config, num_draws):
+def adaptive_examples(inference, data, config, num_draws):
     """One batch's adaptive examples by a plain loop over the draws that the inference makes."""
-    shaped = make_inference(model, 'bn_shaping', data, config)
     images, labels = data.eval_data.xs[20:40], data.eval_data.ys[20:40]
     x = images.astype(np.float32)
     for _ in range(config['num_steps']):
         total = np.zeros_like(x)
         for draw in range(num_draws):
-            for a, b, clean in shaped.split(20, 1 + draw * DRAW):  # eval_batch_size 20: batch 1
-                part = tf.constant(x[a:b])
+            known = inference.known(1 + draw * DRAW)  # eval_batch_size 20: batch 1
+            for part in inference.parts(20):
+                a, b = part.start, part.end
+                some = tf.constant(x[a:b])
                 with tf.GradientTape() as tape:
-                    tape.watch(part)
+                    tape.watch(some)
                     loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(
-                        labels[a:b], shaped.logits(part, clean)))
-                total[a:b] += tape.gradient(loss, part).numpy()
+                        labels[a:b], inference.logits(some, inference.drawn(part, known))))
+                total[a:b] += tape.gradient(loss, some).numpy()
         x = np.clip(np.clip(x + 2 * np.sign(total), images - 8., images + 8.), 0, 255)
         x = x.astype(np.float32)
     return x
 
 
-@pytest.mark.parametrize('num_draws', [1, 2])
+@pytest.mark.parametrize('mode, num_draws', [
+    ('bn', 1), ('pn', 1), ('bn_shaping', 1), ('bn_shaping', 2), ('bn_recorded', 1),
+    ('bn_recorded', 2)])
 @pytest.mark.parametrize('name', ['adaptive', 'adaptive_weak'])
-def test_adaptive_goes_through_the_very_samples_of_the_inference_and_weak_does_not(
-        small_model, small_config, data, name, num_draws):
-    config = small_config(random_start=False, shaping_batch_size=30)
-    attack, _ = make_attack(name, small_model, data, config, num_draws)
-    agreement = (attack(20, 40).numpy() == shaped_examples(
-        name, small_model, data, config, num_draws)).mean()
-    assert agreement > 0.99 if name == 'adaptive' else agreement < 0.95
+def test_adaptive_goes_through_what_answers_and_weak_through_another_draw(
+        small_model, small_config, data, name, mode, num_draws):
+    config = small_config(random_start=False, shaping_batch_size=30, num_recordings=5,
+                          recorded_samples=4)
+    inference = make_inference(small_model, mode, data, config)
+    attack, settings = make_attack(name, small_model, data, config, num_draws, inference)
+    agreement = (attack(20, 40).numpy() == adaptive_examples(
+        inference, data, config, num_draws)).mean()
+    if name == 'adaptive' or not inference.draws:
+        assert agreement > 0.99
+    else:
+        assert agreement < 0.95
+    assert settings['norms'] == mode
+
+
+def test_adaptive_through_population_norms_is_pgd(small_model, small_config, data):
+    config = small_config()
+    pn = make_inference(small_model, 'pn', data, config)
+    ours, pgd = (make_attack(name, small_model, data, config, 1, pn)[0](20, 40)
+                 for name in ('adaptive', 'pgd'))
+    assert np.mean(ours == pgd) > 0.99
+
+
+@pytest.mark.parametrize('mode', INFERENCE_MODES)
+def test_apgd_through_an_inference_lowers_what_it_answers(small_model, small_config, data, mode):
+    config = small_config(num_recordings=5, eot_draws=4, apgd_num_steps=10, num_eval_examples=20)
+    inference = make_inference(small_model, mode, data, config)
+    attack, settings = make_attack('apgd_eot', small_model, data, config, 1, inference)
+    labels = data.eval_data.ys[:20]
+    def losses(x):
+        return apgd.xent_loss(inference(x, 0), labels).numpy()
+    assert (losses(attack(0, 20)) > losses(data.eval_data.xs[:20])).all()
+    assert ('eot_draws' in settings) == inference.draws
 
 
 def test_other_samples_are_none_of_those_that_any_draw_uses(small_model, data):
-    data.train_data.xs[:, 0, 0, 0] = np.arange(200)  # each is known by a pixel
-    shaped = ShapedInference(small_model, data.train_data.xs, 9, 100, 5)
-    def ids(draw, query):
-        return {int(image[0, 0, 0]) for image in draw(query, 3, 40)}
+    shaped = ShapedInference(small_model, data.train_data.xs, 8, 45, 5)
+    def ids(draw):
+        return {int(i) for i in draw(3, 40)}
     queries = [4, 4 + DRAW]
-    others = shaped.draw_others(queries)
-    used = ids(shaped.draw, 4) | ids(shaped.draw, 4 + DRAW)
+    used = ids(shaped.known(4)) | ids(shaped.known(4 + DRAW))
     for query in queries:
-        assert len(ids(others, query)) == 40 and not ids(others, query) & used
-    with pytest.raises(UserError, match='5 draws leave .* other clean samples of 200, but 90'):
-        shaped.draw_others([1, 2, 3, 4, 5])(1, 0, 90)
+        others = ids(shaped.other(queries, query))
+        assert len(others) == 40 and not others & used
+    with pytest.raises(UserError, match='5 draws of 40 clean samples .* 200 .* at most 4'):
+        shaped.other([1, 2, 3, 4, 5], 1)
 
 
 def test_shaped_attacks_leave_the_moving_averages_alone_and_stay_in_the_ball(small_model, data):
     shaped = ShapedInference(small_model, data.train_data.xs, 4, 10, 0)
     before = [v.numpy().copy() for v in small_model.variables]
     images, labels = data.eval_data.xs[:4], data.eval_data.ys[:4]
-    clean = np.stack([shaped.split(4, q)[0][2] for q in (0, 1)])
-    x_adv = ShapedPGDAttack(shaped, 8., 3, 4., True, 'xent').perturb(images, labels, (0, 0), clean)
+    part = shaped.parts(4)[0]
+    drawn = np.stack([shaped.drawn(part, shaped.known(query)) for query in (0, 1)])
+    part = slice(part.start, part.end)
+    x_adv = AdaptivePGD(shaped, 8., 3, 4., True, 'xent').perturb(
+        images[part], labels[part], (0, 0), drawn)
+    images = images[part]
     assert 7 < np.abs(x_adv - images).max() <= 8
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
 
@@ -191,12 +226,10 @@ def test_apgd_eot_draws_afresh_at_every_step_and_not_what_the_inference_draws(
         small_model, small_config, data, monkeypatch):
     seen = []
     original = ShapedInference.logits
-    def logits(self, images, clean):
-        tf.py_function(lambda c: seen.append(c.numpy()[0, :, 0, 0, 0].astype(int).tolist()),
-                       [clean], [])
-        return original(self, images, clean)
+    def logits(self, images, drawn):
+        tf.py_function(lambda numbers: seen.append(numbers.numpy()[0].tolist()), [drawn], [])
+        return original(self, images, drawn)
     monkeypatch.setattr(ShapedInference, 'logits', logits)
-    data.train_data.xs[:, 0, 0, 0] = np.arange(200)
     config = small_config(shaping_batch_size=10, inference_shaping_ratio=9, apgd_num_steps=3,
                           eot_draws=4, num_eval_examples=1)
     attack, settings = make_attack('apgd_eot', small_model, data, config)
@@ -207,7 +240,7 @@ def test_apgd_eot_draws_afresh_at_every_step_and_not_what_the_inference_draws(
     assert len(set(steps[:32])) == 32 and steps[32:36] == steps[36:40]
     assert not set(steps[32:36]) & set(steps[:32])
     shaped = make_inference(small_model, 'bn_shaping', data, config)
-    assert tuple(shaped.draw(0, 0, 9)[:, 0, 0, 0].tolist()) not in set(steps)
+    assert tuple(shaped.known(0)(0, 9)) not in set(steps)
 
 
 @pytest.mark.parametrize('loss_func', apgd.LOSSES)
@@ -218,13 +251,12 @@ def test_apgd_raises_its_loss_above_what_pgd_reaches(madry_model, golden, loss_f
         return madry_model(x, training=False)
     def losses(x):
         return apgd.LOSSES[loss_func](logits(x), labels).numpy()
-    x_adv, right = apgd.apgd(
-        apgd.averaged(apgd.loss_gradient(logits, loss_func), labels, lambda: [()]), images, 2., 5,
-        np.random.default_rng(0))
+    x_adv, right = apgd.APGDAttack(lambda x, drawn: logits(x), loss_func, 2., 5).perturb(
+        images, labels, (0, 0), NOTHING_DRAWN)
     pgd = LinfPGDAttack(madry_model, 2., 5, 0.5, True, 'xent', training=False)
     assert losses(x_adv).mean() > losses(images).mean() + 0.1
     assert losses(x_adv).mean() > losses(pgd.perturb(images, labels, 0)).mean() - 0.02
-    assert (right == (np.argmax(logits(x_adv), 1) == labels)).all()
+    assert (right.numpy() == (np.argmax(logits(x_adv), 1) == labels)).all()
 
 
 def test_where_cw_finds_nothing_the_image_comes_back_as_it_is(linear):

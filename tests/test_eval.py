@@ -3,9 +3,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks import make_attack
 from pgd_attack import perturbation_fault
-from attacks import ATTACKS
+from attacks import ATTACKS, DIRECT, make_attack
 from running import UserError
 from config import choice
 from eval import evaluate, wilson_interval
@@ -79,7 +78,7 @@ def test_an_eval_batch_that_does_not_fit_the_shaping_attack_is_named(
 
 
 def test_results_hold_every_cell_and_the_stated_fields(small_model, small_config, data):
-    config = small_config(num_attack_examples={'apgd_eot': 20, 'pgd': 1000})
+    config = small_config(num_attack_examples={'apgd_eot': 20, 'pgd': 1000}, num_recordings=5)
     before = [v.numpy().copy() for v in small_model.variables]
     attacks = [name for name in ATTACKS if name != 'cw']
     results = evaluate(small_model, data, config, attacks, INFERENCE_MODES)
@@ -93,6 +92,12 @@ def test_results_hold_every_cell_and_the_stated_fields(small_model, small_config
     assert cells['pgd', 'pn']['epsilon'] == 8 and cells['pgd', 'pn']['norms'] == 'pn'
     assert cells['deepfool', 'bn']['num_fooled'] > 0 and cells['deepfool', 'bn']['median_l2'] > 0
     assert cells['adaptive', 'bn_shaping']['shaping_batch_size'] == 100
+    assert cells['pgd', 'bn_recorded']['num_recordings'] == 5
+    for mode in INFERENCE_MODES:  # each is judged by the norms that it goes through
+        for attack in DIRECT:
+            assert cells[attack, mode]['norms'] == mode
+        settings = cells['worst in ball', mode]['attack_settings']
+        assert settings['adaptive']['norms'] == mode and settings['pgd']['norms'] == 'pn'
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
 
 
@@ -108,7 +113,7 @@ def judged(monkeypatch, data, small_config):
         names = [name for name, _ in right]
         config = small_config(num_eval_examples=6, eval_batch_size=4, **settings)
         labels = data.eval_data.ys[:6]
-        def make_attack(name, model, data, config, num_draws):
+        def make_attack(name, model, data, config, num_draws, inference):
             size = dict(list(right))[name]
             def attack(start, end):
                 x_adv = np.full((end - start, 32, 32, 3), 100, np.float32)
@@ -180,7 +185,7 @@ def test_accuracy_is_that_of_a_direct_count(small_model, small_config, data):
 def test_a_batch_that_left_its_ball_is_never_counted(
         small_model, small_config, data, monkeypatch, spoil):
     import eval
-    def broken(name, model, data, config, num_draws):
+    def broken(name, model, data, config, num_draws, inference):
         return lambda start, end: spoil(
             tf.cast(data.eval_data.xs[start:end], tf.float32)), {'epsilon': 8.}
     monkeypatch.setattr(eval, 'make_attack', broken)

@@ -121,9 +121,11 @@ def recorded(small_model, data):
 
 
 def test_the_same_query_draws_the_same_recordings_and_others_draw_others(recorded, batch):
-    assert (recorded.draw(5, 16) == recorded.draw(5, 16)).all()
-    assert (recorded.draw(5, 16) != recorded.draw(6, 16)).any()
-    assert set(recorded.draw(0, 500)) == set(range(7))
+    def drawn(query, size=16):
+        return recorded.known(query)(0, size)
+    assert (drawn(5) == drawn(5)).all() and (drawn(5) != drawn(6)).any()
+    assert set(drawn(0, 500)) == set(range(7))
+    assert (drawn(5, 500)[:16] == drawn(5)).all()  # how many others there are does not count
     np.testing.assert_array_equal(recorded(batch[0], 5), recorded(batch[0], 5))
     assert np.abs(recorded(batch[0], 5) - recorded(batch[0], 6)).max() > 1e-3
 
@@ -147,7 +149,7 @@ def test_recordings_are_the_statistics_of_clean_images_alone(recorded, small_mod
 
 def test_an_attack_can_go_through_a_known_recording(recorded, small_model, batch):
     x = tf.cast(batch[0], tf.float32)
-    drawn = recorded.draw(5, 16)
+    drawn = recorded.known(5)(0, 16)
     with tf.GradientTape() as tape:
         tape.watch(x)
         loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(
@@ -157,6 +159,16 @@ def test_an_attack_can_go_through_a_known_recording(recorded, small_model, batch
     stepped = recorded.logits(x + 2 * tf.sign(gradient), drawn)
     assert float(tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(
         batch[1], stepped))) > float(loss)
+
+
+def test_no_image_gets_another_recording_that_it_is_judged_by(recorded):
+    queries = [5, 6, 7]
+    judging = np.stack([recorded.known(query)(0, 200) for query in queries])
+    others = np.stack([recorded.other(queries, query)(0, 200) for query in queries])
+    assert not (others[:, None] == judging[None]).any() and set(others.ravel()) == set(range(7))
+    assert (others[0] != others[1]).any()
+    with pytest.raises(UserError, match='num_recordings is 7, and 7 draws.*expected at least 8'):
+        recorded.other(range(7), 0)
 
 
 def test_too_few_clean_images_are_refused(small_model, data):

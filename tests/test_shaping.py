@@ -1,10 +1,11 @@
-"""Norm shaping: the ratio, the mask, the three inference modes."""
+"""Norm shaping: the ratio, the mask, the inference modes."""
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from cifar10_input import CIFAR10Data
-from shaping import INFERENCE_MODES, ShapedInference, make_inference, num_clean, tail_mask
+from shaping import (INFERENCE_MODES, Inference, RecordedInference, ShapedInference, make_inference,
+                     num_clean, tail_mask)
 
 
 class SpyModel:
@@ -47,7 +48,7 @@ def test_one_query_is_eq_6_to_the_letter(small_model, clean_images, batch):
     shaped = ShapedInference(small_model, clean_images, ratio=9, batch_size=10, seed=1)
     logits = shaped(batch[0][:3], query=5).numpy()
     for i in range(3):
-        x = np.concatenate([shaped.draw(5, i, 9), batch[0][i:i + 1]])
+        x = np.concatenate([clean_images[shaped.known(5)(i, 9)], batch[0][i:i + 1]])
         expected = small_model(x, update_population_norms=False)[9]
         np.testing.assert_allclose(logits[i], expected, atol=1e-5)
 
@@ -81,7 +82,7 @@ def test_clean_and_test_pixels_are_unchanged_bit_for_bit_by_inference(
         tf.config.run_functions_eagerly(False)
     seen = spy.seen[0][0].reshape(4, 16, 32, 32, 3)
     for group in range(4):
-        clean = shaped.draw(3, group, 12).astype(np.float32)
+        clean = clean_images[shaped.known(3)(group, 12)].astype(np.float32)
         assert seen[group, :12].tobytes() == clean.tobytes()
         assert len(np.unique(clean.reshape(12, -1), axis=0)) == 12  # drawn without replacement
         assert seen[group, 12:].tobytes() == x[4 * group:4 * group + 4].tobytes()
@@ -104,7 +105,7 @@ def test_an_attack_can_differentiate_through_shaping(small_model, clean_images, 
     x = tf.cast(batch[0][:4], tf.float32)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        loss = tf.reduce_sum(shaped.logits(x, shaped.draw(0, 0, 12)[None]) ** 2)
+        loss = tf.reduce_sum(shaped.logits(x, shaped.known(0)(0, 12)[None]) ** 2)
     assert np.abs(tape.gradient(loss, x)).max() > 0
 
 
@@ -117,7 +118,7 @@ def test_too_few_clean_images_are_named(small_model, clean_images):
 def test_inference_modes_use_the_norms_that_they_name_and_leave_the_model_alone(
         small_model, clean_images, batch, small_config, mode):
     data = CIFAR10Data((clean_images, np.zeros(200, int)), batch, [str(i) for i in range(10)])
-    config = small_config(shaping_batch_size=40)
+    config = small_config(shaping_batch_size=40, num_recordings=3)
     before = [v.numpy().copy() for v in small_model.variables]
     infer = make_inference(small_model, mode, data, config)
     logits = infer(batch[0], 0)
@@ -125,8 +126,32 @@ def test_inference_modes_use_the_norms_that_they_name_and_leave_the_model_alone(
         expected = small_model(batch[0], training=True, update_population_norms=False)
     elif mode == 'pn':
         expected = small_model(batch[0], training=False)
-    else:
+    elif mode == 'bn_shaping':
         expected = ShapedInference(small_model, clean_images, 9, 40, config['np_random_seed'])(
+            batch[0], 0)
+    else:
+        expected = RecordedInference(small_model, clean_images, 9, 3, 90, config['np_random_seed'])(
             batch[0], 0)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
+
+
+@pytest.mark.parametrize('mode', INFERENCE_MODES)
+def test_an_answer_is_the_logits_under_the_known_draw(
+        small_model, clean_images, batch, small_config, mode):
+    """What an attack differentiates is what answers."""
+    data = CIFAR10Data((clean_images, np.zeros(200, int)), batch, [str(i) for i in range(10)])
+    infer = make_inference(small_model, mode, data, small_config(shaping_batch_size=20))
+    through = tf.function(infer.logits)
+    logits = [through(tf.cast(batch[0][part.start:part.end], tf.float32),
+                      infer.drawn(part, infer.known(7))) for part in infer.parts(16, 40)]
+    assert len(logits) == (4 if mode == 'bn_shaping' else 1)
+    np.testing.assert_allclose(tf.concat(logits, 0), infer(batch[0], 7), atol=1e-5)
+
+
+def test_what_nothing_is_drawn_for_has_one_draw(small_model):
+    pn = Inference(small_model, 'pn')
+    part, = pn.parts(5000)
+    draws = [pn.known(3), pn.other([3], 3), pn.fresh(np.random.default_rng(0))]
+    assert (part.start, part.end, pn.draws) == (0, 5000, False)
+    assert [pn.drawn(part, draw).shape for draw in draws] == 3 * [(1, 0)]

@@ -1,0 +1,272 @@
+"""Exports a trained model with its recordings: a SavedModel that needs neither Keras nor our code.
+
+    python export.py --model_dir DIR                   # newest checkpoint, to DIR/exported
+    python export.py --checkpoint PREFIX --output DIR
+    python export.py --model_dir DIR --format onnx     # needs tf2onnx: pip install tf2onnx
+
+What is exported is the inference bn_recorded: weights, and the statistics of num_recordings times
+recorded_samples clean training images, but no image. A request is answered for each image by a
+recording drawn for it alone; no seed is stored, so no two processes draw the same. In Python:
+
+    classify = tf.saved_model.load(DIR)
+    answer = classify(images)                     # [b, 32, 32, 3], uint8 or float32, in [0, 255]
+    answer['label'], answer['probabilities'], answer['logits']
+    classify(images, num_votes=20)['votes']       # how many of 20 recordings answer each class
+    classify(images, recording=answer['recording'])          # the same answer again
+
+Beside the model stands card.json: the training, its digest, accuracies, the threat model, the
+input. Its accuracies are those in MODEL_DIR/eval/results.json of this very checkpoint, so first
+
+    python eval.py --model_dir DIR --inference bn_recorded --attack clean,pgd,adaptive,apgd_eot
+"""
+import json
+import os
+import shutil
+import sys
+
+from absl import flags
+
+from config import begin, config_from_flags, define_model_flags, of_training
+from running.program import run
+
+FORMATS = {'savedmodel': 'saved_model.pb', 'onnx': 'model.onnx'}
+
+if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
+    define_model_flags()
+    flags.DEFINE_string('output', None, 'Folder that is made. Default: MODEL_DIR/exported.')
+    flags.DEFINE_enum('format', 'savedmodel', list(FORMATS), 'What is written.')
+    begin(__doc__)
+
+import running.quiet  # noqa: F401
+import tensorflow as tf
+
+from cifar10_input import load_data
+from model import build_model, find_checkpoint
+from running import UserError
+from running.files import replacing
+from running.results import check_writable, provenance, read_results
+from running.unfinished import checkpoint_digest, data_digest
+from shaping import RecordedInference, form_of
+
+AT_ONCE = 250  # images in one pass: a bound on memory, not on a request
+CARD = 'card.json'
+WRITTEN = {*FORMATS.values(), CARD, 'variables', 'assets', 'fingerprint.pb'}
+
+
+def main():
+    # The checkpoint and the output: fail now, not after the recordings
+    config, form = config_from_flags(), flags.FLAGS.format
+    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
+    folder = flags.FLAGS.output or os.path.join(config['model_dir'], 'exported')
+    check_output(folder)
+    if form == 'onnx':
+        config['precision'] = 'float32'  # the weights are; ONNX Runtime has no CPU kernels else
+        find_converter()
+
+    # The data and the model
+    data = load_data(config, flags.FLAGS.download)
+    model = build_model(config, data.num_classes)
+    step = model.load_madry_checkpoint(checkpoint)
+
+    # Record the norms
+    inference = RecordedInference.from_config(model, data, config)
+
+    # Write the model and its card, beside the folder, then in its place
+    origin = {'checkpoint': checkpoint, 'step': step,
+              'checkpoint_digest': checkpoint_digest(checkpoint)[:16],
+              'data': data_digest(data)[:16]}
+    card = make_card(config, data, origin, form)
+    temporary = f'{folder}.tmp'
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    if form == 'onnx':
+        save_onnx(inference, os.path.join(temporary, FORMATS[form]))
+    else:
+        save(inference, data.num_classes, temporary)
+    with replacing(os.path.join(temporary, CARD)) as f:
+        json.dump(card, f, indent=1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    print(f'Checkpoint {checkpoint}, step {step}: written to {folder}')
+    if not card['results']:
+        print(f'{CARD} has no accuracies: eval.py --inference bn_recorded has not been run on this '
+              'checkpoint', file=sys.stderr)
+
+
+def check_output(folder):
+    """Raises UserError unless the folder can be written, and holds nothing but a former export."""
+    check_writable(os.path.join(folder, CARD), 'a folder that can be written, --output DIR')
+    if os.path.islink(folder) or os.path.isdir(folder) and not WRITTEN.issuperset(
+            os.listdir(folder)):
+        raise UserError(f'{folder} holds something else than an exported model; expected another '
+                        'folder, --output DIR')
+
+
+# ---- what is exported
+
+
+class Classifier(tf.Module):
+    """The inference bn_recorded with its recordings, as TensorFlow functions.
+
+    Called with (images, num_votes=1, recording=[]): see `answer`.
+
+    Args:
+        inference: a RecordedInference. num_classes: of its logits.
+    """
+
+    def __init__(self, inference, num_classes):
+        super().__init__()
+        self.num_classes, self.num_recordings = num_classes, inference.num_recordings
+        self.logits = inference.logits
+        once, unknown = tf.constant(1), tf.zeros([0], tf.int32)
+
+        def classify(images, num_votes=once, recording=unknown):
+            return self.answer(images, num_votes, recording)
+
+        self.__call__ = tf.function(classify)
+
+    def answer(self, images, num_votes, recording):
+        """Returns the answers to a request, a dict of tensors.
+
+        Args:
+            images: [b, 32, 32, 3], pixels in [0, 255].
+            num_votes: by how many recordings each image is classified, 1 to num_recordings.
+            recording: int32 [b], the number of each image's first recording; the votes go through
+                it and those that follow. [0]: drawn, for each image on its own.
+
+        Returns:
+            logits [b, classes], means over the votes; probabilities, likewise; votes [b, classes],
+            how many answer each class; label [b], the class of most votes, among equals the more
+            probable one; recording [b], with which the same request gets the same answer.
+
+        Raises:
+            InvalidArgumentError (when it runs): pixels that are NaN, infinite or not in [0, 255],
+            or other arguments than these.
+        """
+        images, b = tf.cast(images, tf.float32), tf.shape(images)[0]
+        given, n = tf.size(recording), self.num_recordings
+        checks = [  # no comparison holds for NaN
+            tf.debugging.Assert(tf.reduce_all((images >= 0) & (images <= 255)), [
+                'images must be finite numbers in [0, 255]']),
+            tf.debugging.Assert((num_votes >= 1) & (num_votes <= n), [
+                'num_votes must be 1 to', n, 'and is', num_votes]),
+            tf.debugging.Assert((given == 0) | (given == b), [
+                'recording must hold a number for each image, or none']),
+            tf.debugging.Assert(tf.reduce_all((recording >= 0) & (recording < n)), [
+                'recording must hold numbers from 0, below', n])]
+        with tf.control_dependencies(checks):
+            # The raw op, its seeds zero: others take up what seed is set where this is traced
+            drawn = tf.raw_ops.RandomUniformInt(shape=[b], minval=0, maxval=n, seed=0, seed2=0)
+            first = tf.cond(given > 0, lambda: recording, lambda: drawn)
+            images = tf.identity(images)
+        logits = probabilities = tf.zeros([b, self.num_classes])
+        votes = tf.zeros([b, self.num_classes], tf.int32)
+        for vote in tf.range(num_votes):
+            z = self._in_parts(images, (first + vote) % n)
+            logits += z / tf.cast(num_votes, tf.float32)
+            probabilities += tf.nn.softmax(z) / tf.cast(num_votes, tf.float32)
+            votes += tf.one_hot(tf.argmax(z, 1), self.num_classes, dtype=tf.int32)
+        label = tf.argmax(tf.cast(votes, tf.float32) + 0.5 * probabilities, 1, tf.int32)
+        return {'logits': logits, 'probabilities': probabilities, 'label': label, 'votes': votes,
+                'recording': first}
+
+    def _in_parts(self, images, drawn):
+        """Returns the logits of images, AT_ONCE at a time."""
+        parts = tf.TensorArray(tf.float32, size=0, dynamic_size=True, infer_shape=False,
+                               element_shape=[None, self.num_classes])
+        for i in tf.range(tf.maximum(1, -(-tf.shape(images)[0] // AT_ONCE))):
+            part = slice(i * AT_ONCE, (i + 1) * AT_ONCE)
+            parts = parts.write(i, self.logits(images[part], drawn[part]))
+        return parts.concat()
+
+
+def save(inference, num_classes, folder):
+    """Writes a SavedModel of an inference bn_recorded; see this file's top, and docs/export.md."""
+    classifier = Classifier(inference, num_classes)
+    votes = (tf.TensorSpec([], tf.int32, 'num_votes'),
+             tf.TensorSpec([None], tf.int32, 'recording'))
+    float_images, byte_images = (tf.TensorSpec([None, 32, 32, 3], dtype, 'images')
+                                 for dtype in (tf.float32, tf.uint8))
+    in_full = classifier.__call__.get_concrete_function(float_images, *votes)
+    classifier.__call__.get_concrete_function(byte_images, *votes)
+    classifier.weights = list(in_full.variables)  # stored are those of an attribute
+    alone = tf.function(lambda images: classifier.__call__(images))
+    tf.saved_model.save(classifier, folder, {
+        'serving_default': alone.get_concrete_function(float_images),
+        'serving_uint8': alone.get_concrete_function(byte_images),
+        'serving_votes': in_full})
+
+
+def find_converter():
+    """Returns tf2onnx. Raises UserError: it is not installed."""
+    try:
+        import tf2onnx
+    except ImportError:
+        raise UserError('--format onnx needs tf2onnx: pip install tf2onnx') from None
+    return tf2onnx
+
+
+def save_onnx(inference, path):
+    """Writes an ONNX model: images [b, 32, 32, 3] float32, recording [b] int32 -> see below."""
+    def classify(images, recording):
+        logits = inference.logits(images, recording)
+        return {'logits': logits, 'probabilities': tf.nn.softmax(logits),
+                'label': tf.argmax(logits, 1, tf.int32)}
+
+    find_converter().convert.from_function(
+        tf.function(classify), [tf.TensorSpec([None, 32, 32, 3], tf.float32, 'images'),
+                                tf.TensorSpec([None], tf.int32, 'recording')],
+        opset=17, output_path=path)
+
+
+# ---- its card
+
+
+def make_card(config, data, origin, form):
+    """Returns what stands beside the model: training, accuracies, threat model, input; a dict."""
+    rows = results_of(config, origin)
+    clean = min((r for r in rows if r['attack'] == 'clean'), key=worst_first, default=None)
+    robust = min((r for r in rows if is_robust(r, config)), key=worst_first, default=None)
+    return {
+        'format': form, 'file': FORMATS[form],
+        'architecture': f'w{6 * config["num_residual_units"] + 2}-{config["width_factor"]}, '
+                        'pre-activation wide ResNet with batch normalization',
+        'dataset': config['dataset'], 'classes': list(data.label_names), **origin,
+        'input': {'images': '[b, 32, 32, 3], RGB, float32 or uint8, pixels in [0, 255]; the model '
+                            'standardizes each image'},
+        'inference': {'mode': 'bn_recorded', **form_of('bn_recorded', config),
+                      'np_random_seed': config['np_random_seed']},
+        'threat_model': {
+            'norm': 'L-infinity', 'epsilon': config['epsilon'], 'pixels': '[0, 255]',
+            'attacker_knows': 'the weights, the recordings, the training images; not which '
+                              'recording a query draws, though adaptive assumes that, too',
+            'words': 'robust accuracy is at most what the strongest attack that was tried leaves; '
+                     'nothing here is a certificate'},
+        'clean_accuracy': clean, 'robust_accuracy': robust, 'results': rows,
+        'training': of_training(config), 'provenance': provenance()}
+
+
+def results_of(config, origin):
+    """Returns the rows that eval.py has of this checkpoint, these images and recordings."""
+    path = os.path.join(os.path.dirname(origin['checkpoint']), 'eval', 'results.json')
+    same = {'inference': 'bn_recorded', 'np_random_seed': config['np_random_seed'],
+            **form_of('bn_recorded', config),
+            **{key: origin[key] for key in ('checkpoint_digest', 'data')}}
+    shown = ('attack', 'accuracy', 'interval', 'num_examples', 'epsilon', 'norms', 'attacks',
+             'num_draws', 'num_steps')
+    return [{key: row[key] for key in shown if key in row}
+            for row in read_results(path)['results']
+            if all(row.get(key) == value for key, value in same.items())]
+
+
+def is_robust(row, config):
+    """Returns whether a row is of an attack within the ball, or of the worst of several."""
+    return row['attack'] not in ('clean', 'worst case') and row.get('epsilon') == config['epsilon']
+
+
+def worst_first(row):
+    return row['accuracy'], -row['num_examples']
+
+
+if __name__ == '__main__':
+    run(main)
