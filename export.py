@@ -19,6 +19,7 @@ input. Its accuracies are those in MODEL_DIR/eval/results.json of this very chec
 
     python eval.py --model_dir DIR --inference bn_recorded --attack clean,pgd,adaptive,apgd_eot
 """
+import copy
 import json
 import os
 import shutil
@@ -29,12 +30,10 @@ from absl import flags
 from config import begin, config_from_flags, define_model_flags, of_training
 from running.program import run
 
-FORMATS = {'savedmodel': 'saved_model.pb', 'onnx': 'model.onnx'}
-
 if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
     define_model_flags()
     flags.DEFINE_string('output', None, 'Folder that is made. Default: MODEL_DIR/exported.')
-    flags.DEFINE_enum('format', 'savedmodel', list(FORMATS), 'What is written.')
+    flags.DEFINE_enum('format', 'savedmodel', ['savedmodel', 'onnx'], 'What is written.')
     begin(__doc__)
 
 import running.quiet  # noqa: F401
@@ -48,6 +47,7 @@ from running.results import check_writable, provenance, read_results
 from running.unfinished import checkpoint_digest, data_digest
 from shaping import RecordedInference, form_of
 
+FORMATS = {'savedmodel': 'saved_model.pb', 'onnx': 'model.onnx'}
 AT_ONCE = 250  # images in one pass: a bound on memory, not on a request
 CARD = 'card.json'
 WRITTEN = {*FORMATS.values(), CARD, 'variables', 'assets', 'fingerprint.pb'}
@@ -172,12 +172,16 @@ class Classifier(tf.Module):
 
     def _in_parts(self, images, drawn):
         """Returns the logits of images, AT_ONCE at a time."""
+        shape, b = [*images.shape[:1], self.num_classes], tf.shape(images)[0]
+        one_more = tf.cast(b == 0, tf.int32)  # TensorFlow's kernels fail on an empty batch
+        images = tf.pad(images, [[0, one_more], [0, 0], [0, 0], [0, 0]])
+        drawn = tf.pad(drawn, [[0, one_more]])
         parts = tf.TensorArray(tf.float32, size=0, dynamic_size=True, infer_shape=False,
                                element_shape=[None, self.num_classes])
-        for i in tf.range(tf.maximum(1, -(-tf.shape(images)[0] // AT_ONCE))):
+        for i in tf.range(-(-(b + one_more) // AT_ONCE)):
             part = slice(i * AT_ONCE, (i + 1) * AT_ONCE)
             parts = parts.write(i, self.logits(images[part], drawn[part]))
-        return parts.concat()
+        return tf.ensure_shape(parts.concat()[:b], shape)
 
 
 def save(inference, num_classes, folder):
@@ -207,9 +211,16 @@ def find_converter():
 
 
 def save_onnx(inference, path):
-    """Writes an ONNX model: images [b, 32, 32, 3] float32, recording [b] int32 -> see below."""
+    """Writes an ONNX model: (images float32 [b, 32, 32, 3], recording int32 [b]) -> a dict, below.
+
+    Which recording answers is up to the caller: draw it, evenly, for each image of a request.
+    """
+    constant = copy.copy(inference)  # tf2onnx would make inputs of tensors
+    constant.recordings = {name: [values.numpy() for values in pair]
+                           for name, pair in inference.recordings.items()}
+
     def classify(images, recording):
-        logits = inference.logits(images, recording)
+        logits = constant.logits(images, recording)
         return {'logits': logits, 'probabilities': tf.nn.softmax(logits),
                 'label': tf.argmax(logits, 1, tf.int32)}
 
@@ -265,7 +276,7 @@ def is_robust(row, config):
 
 
 def worst_first(row):
-    return row['accuracy'], -row['num_examples']
+    return row['accuracy'], row['attack'] != 'worst in ball', -row['num_examples']
 
 
 if __name__ == '__main__':

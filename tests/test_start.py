@@ -14,7 +14,7 @@ from running import quiet
 from test_programs import program
 
 PROGRAMS = ('train.py', 'eval.py', 'pgd_attack.py', 'run_attack.py', 'reproduce.py', 'bench.py',
-            'fetch_model.py')
+            'fetch_model.py', 'export.py', 'classify.py')
 
 
 @pytest.fixture

@@ -1,0 +1,316 @@
+"""What export.py writes answers as eval.py does, alone, and survives any request; classify.py."""
+import io
+import json
+import os
+import subprocess
+import sys
+
+from PIL import Image
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import classify
+import export
+from cifar10_input import load_data
+from config import load_config
+from conftest import fuzz
+from hypothesis import strategies as st
+from model import build_model, find_checkpoint
+from running import UserError
+from running.untrusted import read_json
+from shaping import make_inference
+from test_programs import SETTINGS, program, trained  # noqa: F401
+
+RECORDINGS = ['num_recordings=7', 'recorded_samples=20']
+
+
+@pytest.fixture(scope='module')
+def exported(trained):  # noqa: F811
+    """(folder of the export, configuration of the training)"""
+    folder, _ = trained
+    settings = [*RECORDINGS, 'num_eval_examples=100', f'model_dir={folder}']
+    status, _, stderr = program('eval.py', '--model_dir', folder, '--inference', 'bn_recorded',
+                                '--attack', 'clean,pgd,adaptive', settings=settings)
+    assert status == 0, stderr
+    status, stdout, stderr = program('export.py', '--model_dir', folder, settings=settings)
+    assert (status, stderr) == (0, []) and f'written to {folder}/exported' in stdout
+    return f'{folder}/exported', load_config(f'{folder}/config.json', settings)
+
+
+@pytest.fixture(scope='module')
+def loaded(exported):
+    return tf.saved_model.load(exported[0])
+
+
+@pytest.fixture(scope='module')
+def inference(exported):
+    """(the inference bn_recorded that was exported, the data)"""
+    config = exported[1]
+    data = load_data(config)
+    model = build_model(config, data.num_classes)
+    model.load_madry_checkpoint(find_checkpoint(config))
+    return make_inference(model, 'bn_recorded', data, config), data
+
+
+def elsewhere(code, folder, cwd):
+    """Runs Python without the project on its path and without Keras; returns what it prints."""
+    head = ('import sys; sys.modules["keras"] = None; import os; '
+            'os.environ["CUDA_VISIBLE_DEVICES"] = "-1"; os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"; '
+            f'import numpy as np, tensorflow as tf; model = tf.saved_model.load({folder!r}); ')
+    done = subprocess.run([sys.executable, '-c', head + code], cwd=cwd, text=True, timeout=300,
+                          capture_output=True, env={**os.environ, 'PYTHONPATH': ''})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_in_another_process_the_same_recordings_give_the_same_logits(exported, inference, tmp_path):
+    infer, data = inference
+    images = data.eval_data.xs[:100]
+    drawn = infer.known(3)(0, 100)
+    np.savez(tmp_path / 'request.npz', images=images, drawn=drawn)
+    code = ('z = np.load("request.npz"); '
+            'a = model(z["images"], recording=z["drawn"]); '
+            'one = [model(z["images"][i:i + 1], recording=z["drawn"][i:i + 1])["logits"][0] '
+            'for i in range(0, 100, 9)]; '
+            'np.savez("answer.npz", one=one, **{k: v.numpy() for k, v in a.items()})')
+    elsewhere(code, exported[0], tmp_path)
+    with np.load(tmp_path / 'answer.npz') as answer:
+        expected = infer(images, 3).numpy()
+        np.testing.assert_allclose(answer['logits'], expected, atol=1e-4)
+        np.testing.assert_allclose(answer['one'], answer['logits'][::9], atol=1e-4)
+        np.testing.assert_allclose(answer['probabilities'], tf.nn.softmax(expected), atol=1e-4)
+        assert (answer['recording'] == drawn).all()
+        assert (answer['votes'].argmax(1) == answer['label']).all()
+        assert np.mean(answer['label'] == expected.argmax(1)) > 0.98  # ties by rounding
+
+
+def test_two_processes_draw_differently(exported, tmp_path):
+    """Also where Keras's seed was set when the model was exported, as train.py sets it."""
+    code = 'print(model(np.zeros([50, 32, 32, 3], np.uint8))["recording"].numpy().tolist())'
+    draws = [elsewhere(code, exported[0], tmp_path) for _ in range(2)]
+    assert draws[0] != draws[1] and set(json.loads(draws[0])) <= set(range(7))
+
+
+def test_no_seed_that_is_set_at_the_export_is_stored(inference, tmp_path):
+    tf.keras.utils.set_random_seed(5)
+    infer, data = inference
+    export.save(infer, data.num_classes, str(tmp_path))
+    images = data.eval_data.xs[:30]
+    draws = []
+    for _ in range(2):
+        tf.keras.utils.set_random_seed(5)
+        draws.append(tf.saved_model.load(str(tmp_path))(images)['recording'].numpy().tolist())
+    assert draws[0] != draws[1]
+
+
+def test_votes_are_those_of_several_recordings(loaded, inference):
+    infer, data = inference
+    images = tf.constant(data.eval_data.xs[:20])
+    answer = loaded(images, num_votes=5)
+    first = answer['recording'].numpy()
+    singles = [infer.logits(tf.cast(images, tf.float32), (first + vote) % 7).numpy()
+               for vote in range(5)]
+    votes = np.array([[sum(z[i].argmax() == k for z in singles) for k in range(10)]
+                      for i in range(20)])
+    assert (answer['votes'].numpy() == votes).mean() > 0.99
+    np.testing.assert_allclose(answer['logits'], np.mean(singles, 0), atol=1e-4)
+
+
+def test_the_signatures_take_float_or_uint8_and_what_the_object_takes(loaded, inference):
+    images = inference[1].eval_data.xs[:6]
+    signatures = loaded.signatures
+    drawn = tf.constant([0, 1, 2, 3, 4, 5])
+    full = signatures['serving_votes'](images=tf.constant(images, tf.float32),
+                                       num_votes=tf.constant(2), recording=drawn)
+    expected = loaded(images, num_votes=2, recording=drawn)
+    for key in ('logits', 'probabilities', 'votes', 'label', 'recording'):
+        np.testing.assert_allclose(full[key], expected[key], atol=1e-5)
+    for name, dtype in (('serving_default', tf.float32), ('serving_uint8', tf.uint8)):
+        answer = signatures[name](images=tf.constant(images, dtype))
+        assert answer['logits'].shape == (6, 10) and (answer['votes'].numpy().sum(1) == 1).all()
+
+
+def test_no_training_image_is_stored(exported, inference):
+    """A batch of 90 images would be 276,480 bytes; recordings and weights are all there is."""
+    folder, _ = exported
+    size = sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(folder)
+               for name in names)
+    weights = 4 * sum(
+        int(np.prod(v.shape)) for v in inference[0].model.variables)
+    recordings = sum(v.numpy().nbytes for pair in inference[0].recordings.values() for v in pair)
+    assert size < weights + recordings + 900_000
+    data = open(f'{folder}/variables/variables.data-00000-of-00001', 'rb').read()
+    graph = open(f'{folder}/saved_model.pb', 'rb').read()
+    for image in inference[1].train_data.xs[:2000:10]:
+        assert image.tobytes()[:64] not in graph + data
+
+
+VALUES = st.sampled_from([0., 255., 300., -1., float('nan'), float('inf'), -float('inf'), 1e38])
+SHAPES = st.one_of(st.tuples(st.integers(0, 4), st.just(32), st.just(32), st.just(3)),
+                   st.lists(st.sampled_from([0, 1, 3, 31, 32, 33]), min_size=0, max_size=5))
+TYPES = st.sampled_from(['float32', 'uint8', 'int32', 'float64', 'bool', 'int64', 'float16'])
+
+
+@fuzz(1000, shape=SHAPES, dtype=TYPES, value=VALUES, votes=st.integers(-2, 9),
+      drawn=st.lists(st.integers(-1, 8), max_size=4))
+def test_a_malformed_request_gets_an_error_or_a_class(loaded, shape, dtype, value, votes, drawn):
+    with np.errstate(all='ignore'):
+        images = np.full(shape, value).astype(dtype)
+    right = (len(shape) == 4 and tuple(shape[1:]) == (32, 32, 3) and dtype in ('float32', 'uint8')
+             and bool(np.isfinite(images).all() and (images >= 0).all() and (images <= 255).all())
+             and 1 <= votes <= 7 and (not drawn or len(drawn) == shape[0])
+             and all(0 <= number < 7 for number in drawn))
+    try:
+        answer = loaded(images, num_votes=votes, recording=np.array(drawn, np.int32))
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError):
+        assert not right
+        return
+    assert right and answer['label'].shape == (shape[0],)
+    assert np.isfinite(answer['probabilities']).all()
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_are_one_request(loaded):
+    assert loaded(np.zeros([10000, 32, 32, 3], np.uint8))['label'].shape == (10000,)
+
+
+def test_the_card_says_what_was_measured_and_where_it_comes_from(exported):
+    folder, config = exported
+    card = read_json(f'{folder}/card.json')
+    rows = {(r['attack'], r['inference']): r for r in read_json(
+        f'{config["model_dir"]}/eval/results.json')['results']}
+    assert card['step'] == 7 and card['checkpoint_digest'] == rows['clean', 'bn_recorded'][
+        'checkpoint_digest']
+    assert card['clean_accuracy']['accuracy'] == rows['clean', 'bn_recorded']['accuracy']
+    worst = card['robust_accuracy']
+    assert worst['attack'] == 'worst in ball' and worst['interval'] == rows[
+        'worst in ball', 'bn_recorded']['interval']
+    assert card['training']['num_steps'] == 2 and len(card['classes']) == 10
+    assert card['inference']['num_recordings'] == 7 and card['threat_model']['epsilon'] == 8
+
+
+def test_a_model_that_was_not_evaluated_has_a_card_without_numbers(exported, tmp_path):
+    """The same weights with other recordings are another classifier."""
+    folder, config = exported
+    status, _, stderr = program('export.py', '--model_dir', config['model_dir'], '--output',
+                                str(tmp_path / 'e'), settings=['num_recordings=2',
+                                                               'recorded_samples=20'])
+    assert status == 0
+    card = read_json(tmp_path / 'e' / 'card.json')
+    assert card['robust_accuracy'] is card['clean_accuracy'] is None and card['results'] == []
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(exported, tmp_path):
+    (tmp_path / 'thesis.tex').write_text('years of work')
+    status, stdout, stderr = program('export.py', '--model_dir', exported[1]['model_dir'],
+                                     '--output', str(tmp_path))
+    assert (status, stdout) == (2, '') and 'holds something else' in stderr[0]
+    assert os.listdir(tmp_path) == ['thesis.tex']
+
+
+def test_onnx_runtime_gives_the_same_logits(inference, tmp_path):
+    pytest.importorskip('tf2onnx')
+    runtime = pytest.importorskip('onnxruntime')
+    infer, data = inference
+    export.save_onnx(infer, str(tmp_path / 'model.onnx'))
+    images, drawn = data.eval_data.xs[:50].astype(np.float32), infer.known(1)(0, 50)
+    session = runtime.InferenceSession(str(tmp_path / 'model.onnx'))
+    names = [output.name for output in session.get_outputs()]
+    answer = dict(zip(names, session.run(None, {'images': images, 'recording': drawn})))
+    np.testing.assert_allclose(answer['logits'], infer(images, 1), atol=1e-4)
+
+
+def test_onnx_without_its_converter_is_one_line(exported):
+    try:
+        import tf2onnx  # noqa: F401
+    except ImportError:
+        status, _, stderr = program('export.py', '--model_dir', exported[1]['model_dir'],
+                                    '--format', 'onnx')
+        assert (status, stderr) == (2, [
+            'export.py: --format onnx needs tf2onnx: pip install tf2onnx'])
+
+
+# ---- classify.py
+
+
+@pytest.fixture(scope='module')
+def pictures(inference, tmp_path_factory):
+    """A folder of pictures: two of 32 x 32 as .png, .jpg and .npy, a larger one, a text."""
+    folder = tmp_path_factory.mktemp('pictures')
+    images = inference[1].eval_data.xs[:2]
+    Image.fromarray(images[0]).save(folder / 'a.png')
+    Image.fromarray(images[1]).save(folder / 'b.jpg', quality=95)
+    Image.fromarray(images[0]).resize((50, 40)).save(folder / 'large.png')
+    np.save(folder / 'one.npy', images[0])
+    np.save(folder / 'two.npy', images.astype(np.float32))
+    np.save(folder / 'odd.npy', np.zeros([5, 5]))
+    np.save(folder / 'nan.npy', np.full([32, 32, 3], np.nan))
+    (folder / 'text.png').write_text('no picture')
+    return folder
+
+
+@pytest.mark.parametrize('model', ['exported', ''])
+def test_classify_answers_for_each_image(exported, pictures, model):
+    folder = exported[0] if model else exported[1]['model_dir']
+    settings = [] if model else [*RECORDINGS]
+    status, stdout, stderr = program('classify.py', '--model', folder, '--num_votes', '5', 'a.png',
+                                     'b.jpg', 'one.npy', 'two.npy', settings=settings, cwd=pictures)
+    assert (status, stderr) == (0, [])
+    lines = stdout.splitlines()
+    assert [line.split(':')[0] for line in lines] == [
+        'a.png', 'b.jpg', 'one.npy', 'two.npy[0]', 'two.npy[1]']
+    assert all(line.endswith('of 5 recordings agree') for line in lines)
+
+
+def test_classify_says_how_many_recordings_agree(exported, pictures, loaded, inference):
+    answer = loaded(inference[1].eval_data.xs[:1], num_votes=7)  # all: nothing is left to chance
+    _, stdout, _ = program('classify.py', '--model', exported[0], '--num_votes', '7', 'a.png',
+                           cwd=pictures)
+    label = int(answer['label'][0])
+    assert stdout == (f'a.png: {inference[1].label_names[label]}, probability '
+                      f'{float(answer["probabilities"][0, label]):.2f}, '
+                      f'{int(answer["votes"][0, label])} of 7 recordings agree\n')
+
+
+@pytest.mark.parametrize('name, said', [
+    ('large.png', 'large.png is 50 x 40 pixels; expected 32 x 32, or --resize'),
+    ('text.png', 'text.png cannot be read as PNG or JPEG'),
+    ('none.png', 'none.png does not exist; expected a PNG, JPEG or .npy file'),
+    ('odd.npy', r'odd.npy holds an array \[5, 5\]; expected \[32, 32, 3\] or'),
+    ('nan.npy', r'nan.npy holds pixels that are no finite numbers in \[0, 255\]')])
+def test_what_is_no_image_is_one_line(pictures, monkeypatch, name, said):
+    monkeypatch.chdir(pictures)
+    with pytest.raises(UserError, match=said):
+        classify.read_images(name, resize=False)
+
+
+def test_resize_makes_any_picture_fit(pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    (name, image), = classify.read_images('large.png', resize=True)
+    assert image.shape == (32, 32, 3) and 0 <= image.min() <= image.max() <= 255
+    (_, original), = classify.read_images('a.png', resize=False)
+    assert np.abs(image - original).mean() < 20  # the same picture
+
+
+@fuzz(200, contents=st.binary(max_size=200), place=st.integers(0, 200))
+def test_a_damaged_picture_is_never_a_traceback(tmp_path_factory, contents, place):
+    f = io.BytesIO()
+    Image.fromarray(np.zeros([32, 32, 3], np.uint8)).save(f, 'PNG')
+    whole = f.getvalue()
+    path = tmp_path_factory.getbasetemp() / 'damaged.png'
+    path.write_bytes(whole[:place] + contents + whole[place + len(contents):])
+    try:
+        classify.read_images(str(path), resize=True)
+    except UserError as error:
+        assert '\n' not in str(error)
+
+
+def test_classify_without_a_model_or_with_too_many_votes_is_one_line(exported, pictures, tmp_path):
+    for arguments, said in (
+            (['--model', str(tmp_path), 'a.png'], 'config.json cannot be read'),
+            (['--model', exported[0], '--num_votes', '8', 'a.png'],
+             '--num_votes must be an integer, 1 to 7, the number of recordings, got 8'),
+            ([], 'no image is named')):
+        status, stdout, stderr = program('classify.py', *arguments, cwd=pictures)
+        assert (status, stdout) == (2, '') and said in stderr[0]
