@@ -22,19 +22,21 @@ ARCHIVE_FOLDER = 'cifar-10-batches-py'  # what cifar-10-python.tar.gz unpacks to
 
 
 class CIFAR10Data:
-    """A data set: train_data and eval_data (DataSubset) and label_names.
+    """A data set: train_data, validation_data and eval_data (DataSubset) and label_names.
 
     Args:
         train, test: (uint8 images [n, 32, 32, 3], labels [n]).
         label_names: a name for each label.
         classes: keeps only these label names, renumbered in the order of this list. None: all.
         seed: of the batches' order.
+        num_validation: the last so many training images are held out: they are validation_data, and
+            neither trained on nor among the clean samples.
 
     Raises:
-        UserError: one of `classes` is not a label name.
+        UserError: one of `classes` is not a label name, or no training image is left.
     """
 
-    def __init__(self, train, test, label_names, classes=None, seed=0):
+    def __init__(self, train, test, label_names, classes=None, seed=0, num_validation=0):
         for name in classes or ():
             if name not in label_names:
                 raise UserError(f'classes holds {name!r}; the label names are '
@@ -43,7 +45,12 @@ class CIFAR10Data:
             train, test = (_keep(*subset, [label_names.index(c) for c in classes])
                            for subset in (train, test))
         self.label_names = list(classes or label_names)
-        self.train_data = DataSubset(train[0], train[1].astype(np.int64), seed)
+        left = len(train[1]) - num_validation
+        if left < 1:
+            raise UserError(f'num_validation_examples is {num_validation}; expected less than '
+                            f'{len(train[1])}, the number of training images')
+        self.train_data = DataSubset(train[0][:left], train[1][:left].astype(np.int64), seed)
+        self.validation_data = DataSubset(train[0][left:], train[1][left:].astype(np.int64), seed)
         self.eval_data = DataSubset(test[0], test[1].astype(np.int64), seed)
 
     @property
@@ -157,7 +164,8 @@ def load_data(config, download=False):
             if not holds_tfds(path):
                 download_tfds(path, download or path == load_config()['data_path'])
             train, test, names = load_tfds(path)
-    return CIFAR10Data(train, test, names, config['classes'], config['np_random_seed'])
+    return CIFAR10Data(train, test, names, config['classes'], config['np_random_seed'],
+                       config['num_validation_examples'])
 
 
 def eval_examples(data, config):

@@ -145,6 +145,7 @@ SCHEMA = {
     'recorded_samples': Key(*_integer(2), 'evaluation', before=90),
     'dataset': Key(*_choice('cifar10', 'synthetic'), 'training'),
     'classes': Key(_classes, 'null, or a list of two or more different label names', 'training'),
+    'num_validation_examples': Key(*_integer(0), 'training', before=0),
     'data_augmentation': Key(*_FLAG, 'training'),
     'num_residual_units': Key(*_integer(1), 'training'),
     'width_factor': Key(*_integer(1), 'training'),
@@ -288,6 +289,8 @@ def define_model_flags():
                         'Folder of a training; its own config.json is then used.')
     flags.DEFINE_string('checkpoint', None, 'Prefix of a checkpoint, of this project or of the '
                         "original's. Default: the newest in model_dir.")
+    flags.DEFINE_enum('select', 'last', ['best', 'last'], 'Which checkpoint in model_dir: the last '
+                      'one, or the best by validation images (num_validation_examples).')
 
 
 def begin(usage, takes_words=False, **choices):

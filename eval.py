@@ -4,6 +4,7 @@
     python eval.py --model_dir DIR --attack all         # with the configuration stored in DIR
     python eval.py --num_draws 10                       # what draws, under ten draws
     python eval.py --checkpoint models/secret/checkpoint-70000 --inference pn
+    python eval.py --select best                        # the best checkpoint by validation images
     python eval.py --watch                              # each checkpoint of a training as it comes
     python eval.py --pictures samples.png               # with pictures of the first test images
     python eval.py --compare DIR1 DIR2                  # results that are there, side by side
@@ -91,7 +92,7 @@ def main(words):
     # The outputs, and the checkpoint: fail now, not after the evaluation
     outputs = Outputs(config, flags.FLAGS.output, flags.FLAGS.pictures)
     if not flags.FLAGS.watch:
-        checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
+        checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
 
     # The data and the model
     data = load_data(config, flags.FLAGS.download)
@@ -370,9 +371,9 @@ def request_from_flags(config):
     if flags.FLAGS['num_draws'].present and not set(FORMS) & set(modes):
         raise UserError(f'--num_draws is {num_draws}, but --inference {",".join(modes)} draws '
                         f'nothing; expected {" or ".join(FORMS)} among --inference')
-    if flags.FLAGS.watch and flags.FLAGS.checkpoint:
-        raise UserError('--watch waits for new checkpoints, --checkpoint names one; expected one '
-                        'of them')
+    if flags.FLAGS.watch and (flags.FLAGS.checkpoint or flags.FLAGS.select == 'best'):
+        raise UserError('--watch waits for new checkpoints, --checkpoint and --select best name '
+                        'one; expected one of them')
     check_names(config)
     for key in [parse_setting(setting)[0] for setting in flags.FLAGS.set]:
         if SCHEMA[key].attacks and not set(SCHEMA[key].attacks) & set(attacks):
@@ -383,8 +384,8 @@ def request_from_flags(config):
 
 def compare(paths):
     """Prints stored results side by side. Raises UserError: an option of evaluations is given."""
-    for name in ('model_dir', 'checkpoint', 'config', 'set', 'attack', 'inference', 'num_draws',
-                 'watch', 'output', 'pictures'):
+    for name in ('model_dir', 'checkpoint', 'select', 'config', 'set', 'attack', 'inference',
+                 'num_draws', 'watch', 'output', 'pictures'):
         if flags.FLAGS[name].present:
             raise UserError(f'--compare reads stored results and evaluates nothing; expected it '
                             f'without --{name}')

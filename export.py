@@ -56,7 +56,7 @@ WRITTEN = {*FORMATS.values(), CARD, 'variables', 'assets', 'fingerprint.pb'}
 def main():
     # The checkpoint and the output: fail now, not after the recordings
     config, form = config_from_flags(), flags.FLAGS.format
-    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
+    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
     folder = flags.FLAGS.output or os.path.join(config['model_dir'], 'exported')
     check_output(folder)
     if form == 'onnx':

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 BN_DECAY = 0.9        # of the moving averages; the original's model.py
 BN_EPSILON = 0.001    # added to the variance; the default of the original's batch_norm
+BEST = 'checkpoint-best'  # in model_dir: the best by validation images
 LEAKINESS = 0.1       # slope of the leaky ReLU below zero
 ELSEWHERE = '--model_dir DIR takes the configuration stored in DIR'
 
@@ -466,16 +467,19 @@ def newest_intact(folder):
     return None
 
 
-def find_checkpoint(config, checkpoint=None):
-    """Returns the prefix of a checkpoint: the one given, or the newest intact one in model_dir.
+def find_checkpoint(config, checkpoint=None, select='last'):
+    """Returns the prefix of a checkpoint: the one given, or one in model_dir.
 
     Args:
         checkpoint: its prefix, one of its files, or a folder, whose newest intact one is taken.
+        select: 'last', the newest intact one in model_dir, or 'best', the best by validation.
 
     Raises:
         UserError: there is none, none that is intact, or it was trained with another network or
             other classes.
     """
+    if select == 'best':
+        checkpoint = best_checkpoint(config['model_dir'], checkpoint)
     prefix, folder = given_checkpoint(checkpoint) if checkpoint else (None, config['model_dir'])
     if prefix is None:
         where = f'--checkpoint {checkpoint}' if checkpoint else f'model_dir {folder}'
@@ -486,6 +490,25 @@ def find_checkpoint(config, checkpoint=None):
         if prefix is None:
             raise UserError(f'{where} holds no checkpoint; train.py writes them there')
     check_trained_alike(config, prefix)
+    return prefix
+
+
+def best_checkpoint(model_dir, checkpoint=None):
+    """Returns the prefix of the best checkpoint in model_dir. Raises UserError: there is none.
+
+    Args:
+        checkpoint: None, or what was named as well, which is refused.
+    """
+    if checkpoint:
+        raise UserError(f'--checkpoint {checkpoint} and --select best each name a checkpoint; '
+                        'expected one of them')
+    prefix = os.path.join(model_dir, BEST)
+    if not os.path.exists(f'{prefix}.index'):
+        raise UserError(f'{model_dir} holds no {BEST}; a training with num_validation_examples '
+                        'above 0 writes it there')
+    fault = damage(prefix)
+    if fault:
+        raise UserError(f'{prefix} is damaged: {fault}; expected --select last')
     return prefix
 
 

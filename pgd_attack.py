@@ -208,7 +208,7 @@ def main():
         tf.config.set_visible_devices([], 'GPU')
 
     # The newest checkpoint
-    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
+    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
 
     # The data, the model and the attack
     data = load_data(config, flags.FLAGS.download)

@@ -87,7 +87,7 @@ def main():
         raise UserError('--inference: expected one mode at a time, as pred.npy holds one answer')
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
-    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint)
+    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
     data = load_data(config, flags.FLAGS.download)
     x_nat, _ = eval_examples(data, config)
     x_adv = load_examples(config['store_adv_path'], x_nat, config['epsilon'])

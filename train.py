@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from attacks import check_names
 from cifar10_input import augment, eval_examples, load_data
-from model import build_model, checkpoints, find_checkpoint
+from model import BEST, build_model, checkpoints, find_checkpoint
 from pgd_attack import LinfPGDAttack
 from running import UserError, brief
 from running.devices import (LOST, check_agreement, check_shares, divide_cpu, is_chief,
@@ -52,6 +52,7 @@ from trades import TradesAttack, kl_divergence
 
 # In checkpoints, beside the original's names:
 NUM_REPLICAS = 'num_replicas'     # where there are several
+VALIDATION = 'validation/best'    # see Validation
 TRAINING = 'training_config'      # see make_origin
 IMAGES = 'images_sha256'
 # What is reported as a mean over the steps since the last report, where a training has it
@@ -119,6 +120,7 @@ def run_training(config, strategy, profile, download, as_program, at_end):
         # The adversary, in one graph with the weight update
         train_step = make_train_step(model, optimizer, config)
     natural_accuracy, attacked_images = make_report(model, config)
+    validation = Validation(model, data, config)
 
     # The newest intact checkpoint, if there is one
     at_end.enter_context(take_lock(f'{model_dir}/lock') if chief else contextlib.nullcontext())
@@ -130,7 +132,7 @@ def run_training(config, strategy, profile, download, as_program, at_end):
         prepare(config, start, strategy.num_replicas_in_sync)
     log, curves = Log(model_dir, chief), Curves(model_dir, chief)
     means = RunningMeans(AVERAGED, ('output', 'summary'), newest)
-    saver = make_saver(config, model, optimizer, means, start, newest, chief, origin)
+    saver = make_saver(config, model, optimizer, means, validation, start, newest, chief, origin)
 
     # Main training loop
     asked = stop_on_signals() if as_program else at_end.enter_context(noted_signals())
@@ -170,9 +172,17 @@ def run_training(config, strategy, profile, download, as_program, at_end):
             with curves.writing():
                 write_summaries(*means.tell('summary', metrics), nat_acc, x_batch_adv, config, ii)
 
-        # Write a checkpoint
-        if (ii + 1) % config['num_checkpoint_steps'] == 0 or last or stop:
+        # Validate, and write a checkpoint
+        due = (ii + 1) % config['num_checkpoint_steps'] == 0 or last
+        if due and validation.n:
+            line = validation.measure(ii + 1)
+            log.append({'step': ii, **line})
+            with curves.writing():
+                report_validation(line, ii, chief)
+        if due or stop:
             saver.save(ii + 1)
+        if due and validation.best_step == ii + 1:
+            saver.keep_best(BEST)
 
         # Stop where a signal asked for it
         if stop and not last:
@@ -408,6 +418,71 @@ def make_report(model, config):
     return natural_accuracy, attacked_images
 
 
+class Validation:
+    """Accuracy on the held-out training images, natural and under PGD; which checkpoint is best.
+
+    PGD as in config, made and judged with population norms, so that the attack is direct. The best
+    checkpoint has the highest accuracy under PGD; a `natural` training's, the highest natural one.
+    Among equals it is the first. No test image takes part (Rice et al. 2020, "Overfitting in
+    adversarially robust deep learning").
+
+    Args:
+        model, data, config: of the training.
+    """
+
+    def __init__(self, model, data, config):
+        self.model, self.data, self.config = model, data.validation_data, config
+        self.n = self.data.n
+        self.attack = LinfPGDAttack.from_config(model, config, training=False)
+        self._right = tf.function(self._count)
+        with tf.device('CPU'):  # how many are right, at which step; stored with the weights
+            self.best = tf.Variable([-1., -1.], dtype=tf.float64)
+        self.variables = {VALIDATION: self.best} if self.n else {}
+
+    @property
+    def best_step(self):
+        """The step of the best checkpoint so far, -1 where there is none."""
+        return int(self.best[1])
+
+    def measure(self, step):
+        """Returns what the log says of the weights after `step` steps; notes if they are best."""
+        size, right = self.config['eval_batch_size'], np.zeros(2)
+        for start in range(0, self.n, size):
+            x, y = self.data.xs[start:start + size], self.data.ys[start:start + size]
+            x_adv = self.attack.perturb(x, y, (self.config['np_random_seed'], start))
+            right += [int(self._right(tf.cast(x, tf.float32), y)), int(self._right(x_adv, y))]
+        counts = right[int(self.config['training_mode'] != 'natural')]
+        if counts > self.best[0]:
+            self.best.assign([counts, step])
+        return {'checkpoint': step, 'validation_accuracy': right[0] / self.n,
+                'validation_accuracy_adv': right[1] / self.n, 'best_checkpoint': self.best_step}
+
+    def _count(self, x, y):
+        """Returns how many are right. Of several replicas, each has all of x; the first answers."""
+        strategy = self.model.strategy
+        def count(x):
+            return tf.reduce_sum(tf.cast(tf.argmax(self.model(x, training=False), 1) == y,
+                                         tf.int32))
+        return strategy.experimental_local_results(strategy.run(count, (x,)))[0]
+
+    def restore(self, prefix):
+        """Takes over the best so far from a checkpoint of this training, or None."""
+        best = self.n and prefix and read_record(
+            prefix, tf.train.load_checkpoint(prefix), VALIDATION, tf.float64, 1)
+        if best is not None and np.shape(best) == (2,) and np.isfinite(best).all():
+            self.best.assign(best)
+
+
+def report_validation(line, step, chief):
+    """Prints what Validation.measure returned, and writes its TensorBoard summaries."""
+    natural, adv = line['validation_accuracy'], line['validation_accuracy_adv']
+    if chief:
+        tell(f'Checkpoint {line["checkpoint"]}: validation nat accuracy {100 * natural:.4}%, '
+             f'adv accuracy {100 * adv:.4}%; best so far {line["best_checkpoint"]}')
+    tf.summary.scalar('accuracy nat validation', natural, step)
+    tf.summary.scalar('accuracy adv validation', adv, step)
+
+
 def tell_start(config, num_replicas, start):
     """Prints what is about to run from step `start` on."""
     if start >= config['max_num_training_steps']:
@@ -602,12 +677,14 @@ def prepare(config, start, num_replicas):
     forget_steps(model_dir, start)
 
 
-def make_saver(config, model, optimizer, means, start, newest, chief, origin):
+def make_saver(config, model, optimizer, means, validation, start, newest, chief, origin):
     """Returns the Saver of all that a resumed training needs; the initial weights are saved.
 
     Checkpoints after `start` are forgotten: they will be written again.
     """
-    variables = {**model.checkpoint_variables(optimizer), **means.variables}
+    variables = {**model.checkpoint_variables(optimizer), **means.variables,
+                 **validation.variables}
+    validation.restore(newest)
     with tf.device('CPU'):
         variables |= {name: tf.Variable(value) for name, value in origin.items()}
     replicas = model.strategy.num_replicas_in_sync
@@ -618,6 +695,8 @@ def make_saver(config, model, optimizer, means, start, newest, chief, origin):
     saver = Saver(config['model_dir'], variables, kept, newest, chief)
     if start == 0:
         saver.save(0)
+    elif validation.best_step == start:  # a kill may have come before it was kept
+        saver.keep_best(BEST)
     return saver
 
 

@@ -3,13 +3,14 @@ import contextlib
 from datetime import timedelta
 import json
 import os
+import shutil
 from timeit import default_timer as timer
 
 import numpy as np
 import tensorflow as tf
 
 from running import UserError
-from running.files import naming, plain
+from running.files import naming, plain, replacing
 from running.resume import LOG, in_one_line, reason, refuse_full_disk, remove_unfinished
 
 PROFILE_STEPS = 10
@@ -59,6 +60,15 @@ class Saver:
             remove_unfinished(self.model_dir)
             raise UserError(f'no checkpoint could be written in {self.model_dir}: {reason(error)}; '
                             f'the last good one is {self.last_good}') from None
+
+    def keep_best(self, name):
+        """Copies the last checkpoint to `name`, in place of what is there. Raises OSError."""
+        if self._saver is None:
+            return
+        for end in ('.data-00000-of-00001', '.index'):  # in this order: an index means it is whole
+            with open(self.last_good + end, 'rb') as source, replacing(
+                    os.path.join(self.model_dir, name + end), 'wb') as f:
+                shutil.copyfileobj(source, f)
 
     def check_finite(self, step, what, values):
         """Raises UserError, with the last good checkpoint, unless all values are finite."""

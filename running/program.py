@@ -75,7 +75,9 @@ def parse(name, keys):
         match = re.match('flag --([a-z_]+)=(.*?): ', text)
         if not match:
             raise UserError(text) from None
-        expected = EXPECTED[flags.FLAGS[match[1]].flag_type()]
+        flag = flags.FLAGS[match[1]]
+        expected = (f'one of {", ".join(flag.parser.enum_values)}'
+                    if isinstance(flag, flags.EnumFlag) else EXPECTED[flag.flag_type()])
         raise UserError(f'--{match[1]} must be {expected}, got {match[2]!r}') from None
 
 

@@ -113,7 +113,7 @@ def refuse_full_disk(folder):
 
 def remove_unfinished(model_dir):
     """Removes what a checkpoint or curves that are cut back leave when their writing is stopped."""
-    for name in ('checkpoint-*.tempstate*', 'checkpoint.tmp*', CUT_CURVES):
+    for name in ('checkpoint-*.tempstate*', 'checkpoint-*.tmp', 'checkpoint.tmp*', CUT_CURVES):
         for path in glob.glob(os.path.join(glob.escape(model_dir), name)):
             os.remove(path)
 

@@ -407,7 +407,8 @@ def test_what_an_attacks_accuracy_depends_on():
     nothing = {'model_dir', 'data_path', 'num_output_steps', 'num_summary_steps',
                'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'distribution',
                'batch_norms', 'num_attack_examples'}
-    younger = {'attack_norms': 'fixed', 'num_recordings': 7, 'recorded_samples': 7}
+    younger = {'attack_norms': 'fixed', 'num_recordings': 7, 'recorded_samples': 7,
+               'num_validation_examples': 7}
     of_some = {'fgsm_epsilon', 'apgd_num_steps', 'eot_draws'}
     for attack, own in ((None, set()), ('pgd', set()), ('fgsm', {'fgsm_epsilon'}),
                         ('apgd', {'apgd_num_steps'}),
