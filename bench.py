@@ -1,8 +1,11 @@
-"""Measures the training step: steps a second, FLOP/s, and the share of this machine's peak.
+"""Times the training step, and queries, on this machine: seconds, share of its peak, memory.
 
-    python bench.py                                             # config.json: w32-10, norm shaping
+    python bench.py                                 # config.json: w32-10, norm shaping
     python bench.py --set width_factor=4 --steps 2 --repeats 9
-    python bench.py --against --set precision=mixed_bfloat16    # the original's way beside it
+    python bench.py --set attack_norms=fixed        # recorded norms in the attack, beside batch
+    python bench.py --against original --set precision=mixed_bfloat16   # other ways beside it
+    python bench.py --against torch                 # needs PyTorch: pip install torch
+    python bench.py --query --set width_factor=1    # a query, and a gradient through one
 
 What is timed is train.make_train_step's step on images of random pixels (no data set is needed),
 from NumPy arrays on the host until its metrics are back there. Peak is the best rate of a large
@@ -11,11 +14,15 @@ GPU, both in TensorFloat-32 unless that is turned off in TensorFlow). It is a ya
 bound: single convolutions have been seen 13% above it on a CPU. With mixed_bfloat16, float32's is
 shown too: not every processor that has bfloat16 instructions is faster with them.
 
---against also times the original's way of working (MadryLab's cifar10_challenge: train.py,
-pgd_attack.py, cifar10_input.py) in the same run, in turns with ours, so that a machine that drifts
-affects both: augmentation as a graph call of its own, image by image; the attack as a Python loop
-in NumPy's float64, with one graph call, one copy to and one from the graph a step; the update
-as one more call. What its number says and does not say:
+With attack_norms `fixed`, our step with `batch` is timed in the same run, too.
+
+--against also times other ways of working, in the same run and in turns with ours, so that a
+machine that drifts affects all. All of them attack through batch norms, as `batch` does.
+
+original: MadryLab's cifar10_challenge (train.py, pgd_attack.py, cifar10_input.py). Augmentation as
+a graph call of its own, image by image; the attack as a Python loop in NumPy's float64, with one
+graph call, one copy to and one from the graph a step; the update as one more call. What its number
+says and does not say:
   - It is around the same network twice over. "Same ops": around our Model as it is, so that the
     ratio is of the way of working alone. "Its own ops": with the leaky ReLU and the standardization
     done as the original's network does them (tf.where, tf.map_fn). Both have our fused
@@ -24,6 +31,13 @@ as one more call. What its number says and does not say:
     the ratio is of our step as configured to the original's way, not of two like settings.
   - It attacks every sample, as the original does. So do as many gradients all our training modes
     but `natural`, which is refused here.
+
+torch: the same network, batch and step in PyTorch, eager, channels_last, as a PyTorch user would
+write it; with mixed_bfloat16, by autocast. (torch.compile was no faster on two CPU cores.)
+
+--query times one image's answer in a batch of eval_batch_size, under each inference mode and under
+bn_shaping with a batch for each query (Eq. 6 to the letter), and the gradient of its cross-entropy
+with respect to the image. In turns, too.
 """
 import itertools
 import os
@@ -35,26 +49,32 @@ from timeit import default_timer as timer
 from absl import flags
 import numpy as np
 
-from config import begin, config_from_flags
+from config import INFERENCE_MODES, begin, choice, config_from_flags
 from running.program import run
 
 if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
     flags.DEFINE_integer('steps', 5, 'Training steps in a block, the unit that is timed.')
     flags.DEFINE_integer('repeats', 5, 'Blocks; the median block is reported.')
-    flags.DEFINE_boolean('against', False, "Also time the original's way of working, block by "
-                         'block.')
+    flags.DEFINE_string('against', None, 'Also time other ways of working, block by block, '
+                        'comma-separated: original, torch, or all.')
+    flags.DEFINE_boolean('query', False, 'Time queries under each inference mode, and gradients '
+                         'through them, in place of a training step.')
     begin(__doc__)
 
 import running.quiet  # noqa: F401
 import keras
 import tensorflow as tf
 
-from model import Model, build_model
+from cifar10_input import CIFAR10Data
+from model import BN_DECAY, BN_EPSILON, LEAKINESS, Model, build_model
 from pgd_attack import LinfPGDAttack
 from running import UserError
-from train import make_optimizer, make_train_step, use_xla
+from shaping import MAX_GRADIENT_IMAGES, make_inference
+from train import adversarial_tail, make_optimizer, make_train_step, use_xla
 
+WAYS = ('original', 'torch')
 IMAGE_SIZE = 32
+CLEAN_IMAGES = 1000  # from which the inferences draw
 PAD = 2  # zeros on each side of an image before it is cropped; the original's cifar10_input.py
 
 
@@ -161,6 +181,177 @@ def make_original_step(model_class, config, num_classes, rng):
     return step
 
 
+# ---- PyTorch
+
+
+def import_torch():
+    """Returns PyTorch. Raises UserError: it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError('--against torch needs PyTorch: pip install torch') from None
+    return torch
+
+
+def make_torch_network(model, num_classes):
+    """Returns model's network as a torch.nn.Module of images [b, 3, 32, 32] in [0, 255]."""
+    torch = import_torch()
+    nn, functional = torch.nn, torch.nn.functional
+
+    def conv(in_filters, out_filters, stride):
+        return nn.Conv2d(in_filters, out_filters, 3, stride, padding=1, bias=False)
+
+    def batch_norm(filters):
+        return nn.BatchNorm2d(filters, eps=BN_EPSILON, momentum=1 - BN_DECAY)
+
+    class Unit(nn.Module):
+        def __init__(self, in_filters, out_filters, stride, first):
+            super().__init__()
+            self.norm1, self.norm2 = batch_norm(in_filters), batch_norm(out_filters)
+            self.conv1 = conv(in_filters, out_filters, stride)
+            self.conv2 = conv(out_filters, out_filters, 1)
+            self.stride, self.pad, self.first = stride, (out_filters - in_filters) // 2, first
+
+        def forward(self, x):
+            y = functional.leaky_relu(self.norm1(x), LEAKINESS)
+            shortcut = y if self.first else x
+            y = self.conv2(functional.leaky_relu(self.norm2(self.conv1(y)), LEAKINESS))
+            if self.stride > 1:
+                shortcut = functional.avg_pool2d(shortcut, self.stride)
+            if self.pad:
+                shortcut = functional.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad))
+            return y + shortcut
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv(3, model.filters[0], 1)
+            self.units = nn.Sequential(*(
+                Unit(in_filters, out_filters, stride, name == 'unit_1_0')
+                for name, in_filters, out_filters, stride in model.units()))
+            self.norm = batch_norm(model.filters[-1])
+            self.dense = nn.Linear(model.filters[-1], num_classes)
+
+        def forward(self, x):
+            mean = x.mean((1, 2, 3), keepdim=True)
+            deviation = x.std((1, 2, 3), keepdim=True, unbiased=False)
+            x = (x - mean) / deviation.clamp_min(x[0].numel() ** -0.5)
+            x = functional.leaky_relu(self.norm(self.units(self.conv(x))), LEAKINESS)
+            return self.dense(x.float().mean((2, 3)))
+
+    return Network()
+
+
+def make_torch_step(model, config, num_classes, rng):
+    """Returns f(images, labels) -> loss: our training step in PyTorch. See the top of this file.
+
+    Cross-entropy, with attack_norms `batch`: the TRADES adversary has no counterpart here.
+    """
+    torch = import_torch()
+    functional = torch.nn.functional
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    network = make_torch_network(model, num_classes).to(device, memory_format=torch.channels_last)
+    kernels = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim == 1]
+    optimizer = torch.optim.SGD(
+        [{'params': kernels, 'weight_decay': config['weight_decay']}, {'params': others}],
+        lr=config['step_size_schedule'][0][1], momentum=config['momentum'])
+    epsilon, step_size = config['epsilon'], config['step_size']
+    all_attacked = config['training_mode'] in ('adv_only', 'shaping_in_training')
+    tail = torch.tensor(adversarial_tail(config), device=device)[:, None, None, None]
+    autocast = torch.autocast(device, torch.bfloat16, config['precision'] == 'mixed_bfloat16')
+
+    def augmented(images):
+        padded = np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
+        batch = np.empty_like(images)
+        for i, (top, left) in enumerate(rng.integers(0, 2 * PAD + 1, (len(images), 2))):
+            one = padded[i, top:top + IMAGE_SIZE, left:left + IMAGE_SIZE]
+            batch[i] = one[:, ::-1] if rng.random() < 0.5 else one
+        return batch
+
+    def step(images, labels):
+        images = augmented(images) if config['data_augmentation'] else images
+        x_nat = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()  # channels_last
+        y = torch.from_numpy(labels).to(device)
+        x = x_nat
+        if config['training_mode'] != 'natural':
+            if config['random_start']:
+                x = (x + torch.empty_like(x).uniform_(-epsilon, epsilon)).clamp(0, 255)
+            for _ in range(config['num_steps']):
+                x = x if all_attacked else torch.where(tail, x, x_nat)
+                x = x.detach().requires_grad_()
+                with autocast:
+                    loss = functional.cross_entropy(network(x), y, reduction='sum')
+                x = x.detach() + step_size * torch.autograd.grad(loss, x)[0].sign()
+                x = torch.minimum(torch.maximum(x, x_nat - epsilon), x_nat + epsilon).clamp(0, 255)
+            x = torch.where(tail, x, x_nat)
+        optimizer.zero_grad()
+        with autocast:
+            loss = functional.cross_entropy(network(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+# ---- queries
+
+
+def time_queries(model, config, num_classes, rng, repeats):
+    """Prints seconds a query, and an image gradient, under each inference mode."""
+    size, n = config['eval_batch_size'], config['inference_shaping_ratio']
+    images, labels = random_batch(size, num_classes, rng)
+    train = random_batch(max(CLEAN_IMAGES, config['recorded_samples']), num_classes, rng)
+    data = CIFAR10Data(train, (images, labels), [str(i) for i in range(num_classes)])
+    forms = {mode: (mode, config) for mode in INFERENCE_MODES}
+    if config['shaping_batch_size'] != n + 1:
+        forms[f'bn_shaping, {n + 1}'] = 'bn_shaping', {**config, 'shaping_batch_size': n + 1}
+    ways = {}
+    for name, (mode, of_form) in forms.items():
+        begin = timer()
+        inference = make_inference(model, mode, data, of_form)
+        if mode == 'bn_recorded':
+            show('Recording', f'{timer() - begin:.3g} s: {config["num_recordings"]} times '
+                 f'{config["recorded_samples"]} images, with tracing')
+        ways[name] = inference, make_gradient(inference, images, labels)
+    seconds = {}
+    for query in range(repeats + 1):
+        for name, (inference, gradient) in ways.items():
+            for what, call in (('query', lambda q, f=inference: f(images, q).numpy()),
+                               ('gradient', gradient)):
+                begin = timer()
+                call(query)
+                if query:  # the first one traces
+                    seconds.setdefault((what, name), []).append((timer() - begin) / size)
+    for what in ('query', 'gradient'):
+        for name in ways:
+            times, pn = np.array(seconds[what, name]), np.array(seconds[what, 'pn'])
+            show(f'{what}, {name}', f'{spread(1000 * times)} ms an image, '
+                 f'{spread(times / pn)} times pn')
+
+
+def make_gradient(inference, images, labels):
+    """Returns f(query) that computes the gradient of the cross-entropy of images, part by part."""
+    @tf.function
+    def gradient(x, y, drawn):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            loss = tf.nn.sparse_softmax_cross_entropy_with_logits(y, inference.logits(x, drawn))
+        return tape.gradient(loss, x)
+
+    x, y = tf.constant(images, tf.float32), tf.constant(labels)
+
+    def of_query(query):
+        for part in inference.parts(len(images), MAX_GRADIENT_IMAGES):
+            some = slice(part.start, part.end)
+            gradient(x[some], y[some], inference.drawn(part, inference.known(query))).numpy()
+    return of_query
+
+
+# ---- the machine
+
+
 def matmul_seconds(a, b, count):
     """Returns the mean wall time, in seconds, of `count` products of a and b."""
     begin = timer()
@@ -219,35 +410,42 @@ def spread(values, digits=3):
 
 
 def show(label, text):
-    print(f'{label:<20}{text}', flush=True)
+    print(f'{label:<24}{text}', flush=True)
 
 
 def main():
-    steps, repeats, against = flags.FLAGS.steps, flags.FLAGS.repeats, flags.FLAGS.against
+    steps, repeats = flags.FLAGS.steps, flags.FLAGS.repeats
     for name, value in (('steps', steps), ('repeats', repeats)):
         if value < 1:
             raise UserError(f'--{name} must be an integer of 1 or more, got {value}')
     config = config_from_flags()
-    if against and config['training_mode'] == 'natural':
+    against = choice('against', flags.FLAGS.against, WAYS) if flags.FLAGS.against else []
+    if 'original' in against and config['training_mode'] == 'natural':
         raise UserError('training_mode is "natural", and the original always attacks; expected '
-                        'another training_mode with --against')
+                        'another training_mode with --against original')
+    if 'torch' in against:
+        import_torch()
+    if against and flags.FLAGS.query:
+        raise UserError('--query times our inference modes, --against other ways to train; '
+                        'expected one of them')
     keras.utils.set_random_seed(config['tf_random_seed'])
     rng = np.random.default_rng(config['np_random_seed'])
     num_classes = len(config['classes'] or range(10))
     model = build_model(config, num_classes)
     show_what_runs(model, config)
+    if flags.FLAGS.query:
+        return time_queries(model, config, num_classes, rng, repeats)
 
     # The first step of each, which traces and compiles its graphs, is not among the timed ones
     ways = {'ours': make_our_step(model, config)}
     first_step = seconds_a_step(ways['ours'], 1, config, num_classes, rng)
     show('First step', f'{first_step:.1f} s, with tracing and compiling')
     own_memory = peak_memory()
-    if against:
-        for ops, model_class in (('same ops', Model), ('its own ops', OriginalOps)):
-            ways[ops] = make_original_step(model_class, config, num_classes, rng)
-            seconds_a_step(ways[ops], 1, config, num_classes, rng)
+    ways |= other_ways(against, model, config, num_classes, rng)
+    for step in list(ways.values())[1:]:
+        seconds_a_step(step, 1, config, num_classes, rng)
 
-    # Blocks of ours and of the original's way in turns
+    # Blocks of all ways in turns
     seconds = {way: [] for way in ways}
     for _ in range(repeats):
         for way, step in ways.items():
@@ -259,10 +457,25 @@ def main():
     show('Seconds a step', f'{spread(ours)}, median of {repeats} blocks of {steps} steps')
     show_rates(model, config, np.median(ours))
     show('Peak memory', f'{memory / 2 ** 20:,.0f} MiB of host memory'
-         + (f", {own_memory / 2 ** 20:,.0f} MiB before the original's way" if against else ''))
-    for ops, times in seconds.items():
-        show("Original's way", f'{spread(times)} seconds a step, {ops}, float32')
+         + (f', {own_memory / 2 ** 20:,.0f} MiB before the other ways' if ways.keys() > {'ours'}
+            else ''))
+    for way, times in seconds.items():
+        show(way, f'{spread(times)} seconds a step')
         show('  over ours', f'{spread(np.divide(times, ours))}, block by block')
+
+
+def other_ways(against, model, config, num_classes, rng):
+    """Returns {name of a way: f(images, labels)} of what is timed beside our step."""
+    ways = {}
+    if config['attack_norms'] == 'fixed':
+        ways['Ours, batch norms'] = make_our_step(build_model(config, num_classes),
+                                                  {**config, 'attack_norms': 'batch'})
+    if 'original' in against:
+        for ops, model_class in (('same ops', Model), ('its own ops', OriginalOps)):
+            ways[f'Original, {ops}'] = make_original_step(model_class, config, num_classes, rng)
+    if 'torch' in against:
+        ways['PyTorch'] = make_torch_step(model, config, num_classes, rng)
+    return ways
 
 
 def make_our_step(model, config):
@@ -278,12 +491,16 @@ def make_our_step(model, config):
     return step
 
 
+def random_batch(size, num_classes, rng):
+    """Returns images [size, 32, 32, 3] of random pixels, uint8, and random labels."""
+    shape = [size, IMAGE_SIZE, IMAGE_SIZE, 3]
+    return rng.integers(0, 256, shape, np.uint8), rng.integers(0, num_classes, size, np.int64)
+
+
 def seconds_a_step(step, count, config, num_classes, rng):
     """Returns the mean wall time, in seconds, of `count` steps on fresh random batches."""
-    batch_size = config['training_batch_size']
-    shape = [batch_size, IMAGE_SIZE, IMAGE_SIZE, 3]
-    batches = [(rng.integers(0, 256, shape, np.uint8),
-                rng.integers(0, num_classes, batch_size, np.int64)) for _ in range(count)]
+    batches = [random_batch(config['training_batch_size'], num_classes, rng)
+               for _ in range(count)]
     begin = timer()
     for batch in batches:
         step(*batch)
