@@ -172,13 +172,15 @@ def run_training(config, strategy, profile, download, as_program, at_end):
             with curves.writing():
                 write_summaries(*means.tell('summary', metrics), nat_acc, x_batch_adv, config, ii)
 
-        # Validate, and write a checkpoint
+        # Validate on held-out training images
         due = (ii + 1) % config['num_checkpoint_steps'] == 0 or last
         if due and validation.n:
             line = validation.measure(ii + 1)
             log.append({'step': ii, **line})
             with curves.writing():
                 report_validation(line, ii, chief)
+
+        # Write a checkpoint
         if due or stop:
             saver.save(ii + 1)
         if due and validation.best_step == ii + 1:

@@ -1,6 +1,7 @@
 """Kills a training at random moments, starts it again until it is done, and compares the outcome.
 
     python tests/kills.py --kills 60
+    python tests/kills.py --set attack_norms=fixed --set num_validation_examples=40
 
 One training of 300 steps is never stopped. Others, of the same command, are sent SIGKILL, SIGTERM
 or SIGINT at random moments from their start on and are started again each time. Each must end with
@@ -79,6 +80,10 @@ def differences(folder, reference, steps):
     if set(ours) != set(theirs):
         found.append('names in the checkpoint')
     found += [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
+    if os.path.exists(os.path.join(reference, 'checkpoint-best.index')):
+        ours, theirs = weights(folder, 'best'), weights(reference, 'best')
+        found += [f'the best {name}' for name in theirs
+                  if ours[name].tobytes() != theirs[name].tobytes()]
     if log(folder) != log(reference):
         found.append('the log')
     if curves(folder) != curves(reference):
@@ -105,11 +110,13 @@ def main():
     parser.add_argument('--kills', type=int, default=60)
     parser.add_argument('--steps', type=int, default=300)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--set', action='append', default=[], help='key=value of the training')
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         reference = os.path.join(folder, 'whole')
-        begin, process = time.monotonic(), start(command(reference, options.steps))
+        begin, process = time.monotonic(), start(command(
+            reference, options.steps, *options.set))
         for line in process.stdout:
             if line.startswith('Step 0:'):
                 until_first = time.monotonic() - begin
@@ -123,7 +130,7 @@ def main():
             runs += 1
             run, reached, saved = os.path.join(folder, str(runs)), -1, False
             while True:
-                process = start(command(run, options.steps))
+                process = start(command(run, options.steps, *options.set))
                 number = None
                 if sum(kills.values()) < options.kills:
                     try:

@@ -150,14 +150,17 @@ def test_augmentation_is_a_crop_of_the_padded_image_or_its_mirror():
     assert {flip for _, _, flip in found} == {1, -1}
 
 
+@pytest.mark.parametrize('attack_norms', ['batch', 'fixed'])
 @pytest.mark.parametrize('step_size, tolerance', [(0., 1e-4), (2., 0.02)])
-def test_the_step_is_the_same_under_xla(small_config, batch, step_size, tolerance):
+def test_the_step_is_the_same_under_xla(
+        small_config, batch, step_size, tolerance, attack_norms):
     """Random numbers are the same; the sign of a tiny gradient may turn on rounding."""
     losses = []
     for xla in ('off', 'on'):
         keras.utils.set_random_seed(0)
         model = Model(1, 1)
-        step = make_step(model, small_config(xla=xla, step_size=step_size))
+        step = make_step(model, small_config(xla=xla, step_size=step_size,
+                                             attack_norms=attack_norms))
         losses.append([float(step(*batch, t)['loss']) for t in range(3)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=tolerance)
 
