@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from running import UserError
 from running.untrusted import read_json
+from config import INFERENCE_MODES
 from conftest import CHECKPOINT, ROOT
 from run_attack import load_examples
 
@@ -104,7 +105,8 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 
 def test_eval_prints_and_stores_every_cell(trained):
     folder, _ = trained
-    settings = ['apgd_num_steps=2', 'eot_draws=2', 'num_attack_examples={"apgd_eot": 20}']
+    settings = ['apgd_num_steps=2', 'eot_draws=2', 'num_recordings=5',
+                'num_attack_examples={"apgd_eot": 20}']
     attacks = ['clean', 'fgsm', 'pgd', 'deepfool', 'shaping', 'adaptive', 'apgd_eot']
     status, stdout, stderr = program('eval.py', '--model_dir', folder, '--attack',
                                      ','.join(attacks), '--num_draws', '2', settings=settings)
@@ -114,14 +116,14 @@ def test_eval_prints_and_stores_every_cell(trained):
     assert results['step'] == 7 and results['checkpoint'].endswith('checkpoint-7')
     assert results['config'] == {
         **read_json(f'{folder}/config.json'), 'model_dir': folder, 'apgd_num_steps': 2,
-        'eot_draws': 2, 'num_attack_examples': {'apgd_eot': 20}}
-    assert len(results['results']) == 27
+        'eot_draws': 2, 'num_recordings': 5, 'num_attack_examples': {'apgd_eot': 20}}
+    assert len(results['results']) == 36
     for r in results['results']:
         assert r['num_examples'] == (150 if r['attack'] in attacks[:-1] else 20)
         assert f'{100 * r["accuracy"]:.2f} [' in stdout
-        assert ('accuracy_all_draws' in r) == (r['inference'] == 'bn_shaping')
-    for name in ('bn', 'pn', 'bn_shaping', *attacks, 'worst case', 'worst in ball', 'median L2',
-                 'under 2 draws'):
+        assert ('accuracy_all_draws' in r) == (r['inference'] in ('bn_shaping', 'bn_recorded'))
+    for name in (*INFERENCE_MODES, *attacks, 'worst case', 'worst in ball', 'median L2',
+                 'Under 2 draws'):
         assert name in stdout
 
 
