@@ -112,6 +112,22 @@ class Inference:
         """Returns a draw by the same rule, of random numbers of one's own."""
         return self.known(None)
 
+    def drawn_for(self, drawn, chosen):
+        """Returns drawn [draws, groups, size] for the chosen images of a part alone.
+
+        Only where the images are not coupled.
+        """
+        return drawn
+
+    @property
+    def coupled(self):
+        """Whether the images of a part share norms, so that each depends on others."""
+        return self.mode == 'bn'
+
+    def group_size(self, num_images):
+        """Returns how many consecutive images of a part share norms, where they are coupled."""
+        return num_images
+
     @property
     def draws(self):
         """Whether anything is drawn."""
@@ -184,6 +200,16 @@ class ShapedInference(Inference):
         if rest:
             parts.append(Part(full * self.num_test, num_images, full, 1, self.ratio * rest))
         return parts
+
+    def drawn_for(self, drawn, chosen):
+        return drawn if self.coupled else drawn[:, chosen]
+
+    @property
+    def coupled(self):
+        return self.num_test > 1
+
+    def group_size(self, num_images):
+        return min(self.num_test, num_images)
 
     def known(self, query):
         return lambda group, size: self._choose([self.seed, query, group], size)
@@ -259,6 +285,9 @@ class RecordedInference(Inference):
 
     def parts(self, num_images, max_images=MAX_IMAGES):
         return [Part(0, num_images, size=num_images)]
+
+    def drawn_for(self, drawn, chosen):
+        return drawn[:, :, chosen]
 
     def known(self, query):
         return lambda group, size: self._choose([self.seed, query, group, DRAWN_RECORDING], size)

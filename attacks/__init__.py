@@ -21,14 +21,16 @@ ATTACKS = {
     'cw': 'minimum_norm.cw',                     # minimum L2, PN
     'deepfool': 'minimum_norm.deepfool',         # minimum L2, PN
     'shaping': 'shaping.shaping',                # PGD with BN on one share of a batch at a time
-    'adaptive': 'adaptive.adaptive',             # PGD through the draw that will answer
-    'adaptive_weak': 'adaptive.adaptive_weak',   # the same through another draw
-    'apgd': 'apgd.apgd',                         # Auto-PGD, PN, on cross-entropy and on DLR
+    'adaptive': 'apgd.adaptive',                 # Auto-PGD through the draw that will answer
+    'adaptive_pgd': 'adaptive.adaptive_pgd',     # PGD, the same: the paper's adaptive attack
+    'adaptive_weak': 'adaptive.adaptive_weak',   # PGD through another draw
+    'apgd': 'apgd.apgd',                         # Auto-PGD, PN
     'apgd_eot': 'apgd.apgd_eot',                 # Auto-PGD through fresh draws at every step
+    'square': 'square.square',                   # random search by scores, fresh draws
     'random': 'random_search.random_search',     # the strongest of 1,000 perturbations: a check
 }
 # They go through the inference that judges them, and are made anew for each: 'direct'
-DIRECT = ('adaptive', 'adaptive_weak', 'apgd_eot')
+DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd_eot', 'square')
 MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
 
 

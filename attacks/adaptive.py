@@ -40,7 +40,7 @@ class AdaptivePGD(LinfPGDAttack):
         return total
 
 
-def adaptive(inference, data, config, num_draws):
+def adaptive_pgd(inference, data, config, num_draws):
     """Returns PGD through the draws that will answer; see attacks.make_attack.
 
     Test samples are placed as they will be: all that the inference leaves to chance is known. With

@@ -1,16 +1,17 @@
 """Auto-PGD (Croce and Hein 2020, "Reliable evaluation of adversarial robustness", algorithm 1).
 
 PGD with momentum and a step size that halves itself, sample by sample, where a check finds no
-progress. Without draws it is APGD of AutoAttack's standard version; with the gradient averaged over
-fresh draws it is the attack of AutoAttack's `rand` version, for defences that draw at random: a
-single draw's gradient is noise to an attacker who cannot know the draw.
+progress. Here it goes through any inference, under known draws (`adaptive`; `apgd` where nothing is
+drawn) or through fresh draws at every step (`apgd_eot`). Under population norms, on cross-entropy
+and on targeted DLR, it is the white-box part of AutoAttack's standard version; through fresh draws,
+it is the attack of its `rand` version: one draw's gradient is noise to who cannot know the draw.
 """
 import numpy as np
 import tensorflow as tf
 
 from cifar10_input import eval_examples
 from pgd_attack import margin, random_bits
-from shaping import MAX_GRADIENT_IMAGES, Inference, form_of
+from shaping import MAX_GRADIENT_IMAGES, Inference, form_of, masked, queries_of
 
 MOMENTUM = 0.75        # the paper's alpha
 PROGRESS = 0.75        # rho: the share of steps since the last check that must have raised the loss
@@ -34,7 +35,29 @@ def xent_loss(logits, y):
     return tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
 
 
-LOSSES = {'xent': xent_loss, 'dlr': dlr_loss}
+def targeted_dlr_loss(logits, y, target):
+    """Returns the targeted difference of logits ratio of each sample, [b] (the paper's equation 7).
+
+    -(z_y - z_target) / (largest - mean of third and fourth). Needs four classes or more.
+    """
+    top = tf.math.top_k(logits, 4).values
+    lead = tf.gather(logits, y, batch_dims=1) - tf.gather(logits, target, batch_dims=1)
+    return -lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def targeted_xent_loss(logits, y, target):
+    """Returns minus the cross-entropy of the target class, [b]; for less than four classes."""
+    return -xent_loss(logits, target)
+
+
+LOSSES = {'xent': lambda z, y, _: xent_loss(z, y), 'dlr': lambda z, y, _: dlr_loss(z, y),
+          'targeted_dlr': targeted_dlr_loss, 'targeted_xent': targeted_xent_loss}
+
+
+def loss_funcs_for(num_classes):
+    """Returns the names of the losses that Auto-PGD runs on, in their order."""
+    return ['xent', *(['dlr'] if num_classes > 2 else []),
+            'targeted_dlr' if num_classes > 3 else 'targeted_xent']
 
 
 def checkpoints(num_steps):
@@ -52,51 +75,77 @@ def checkpoints(num_steps):
 
 
 class APGDAttack:
-    """Auto-PGD on one loss through logits under draws, all its steps in one graph.
+    """Auto-PGD through logits under draws, all its steps in one graph.
 
     Args:
         logits: f(x [b, 32, 32, 3], drawn) -> logits [b, classes].
-        loss_func: a key of LOSSES.
+        loss_funcs: keys of LOSSES, any of which `perturb` may be asked for.
         epsilon: radius of the ball in pixels. num_steps: steps, one gradient more.
+        any_size: one graph for batches of all sizes, which logits must allow.
 
     What is kept is the iterate that fewest draws answer rightly and, among equals, the one with the
     highest loss. (AutoAttack keeps one that its last draw misclassified: with random draws, luck.)
     """
 
-    def __init__(self, logits, loss_func, epsilon, num_steps):
-        self.logits, self.loss = logits, LOSSES[loss_func]
+    def __init__(self, logits, loss_funcs, epsilon, num_steps, any_size=False):
+        self.logits, self.loss_funcs = logits, loss_funcs
         self.epsilon, self.num_steps = epsilon, num_steps
         checks = checkpoints(num_steps)
         self.is_check = np.isin(np.arange(num_steps + 1), checks)
         self.since_last = np.zeros(num_steps + 1, np.float32)  # at a check: steps since the last
         self.since_last[checks] = np.diff([0, *checks])
-        self._graph = tf.function(self._perturb)
-        self._judge = tf.function(self.evaluate)
+        self._graph = tf.function(self._perturb, reduce_retracing=any_size)
+        self._judge = tf.function(self._shares)
 
-    def perturb(self, x_nat, y, seed, drawn):
+    def perturb(self, x_nat, y, seed, drawn, loss_func, start=None, active=None, rank=1):
         """Returns (x_adv [b, 32, 32, 3], share [b] of the draws that answer it rightly).
 
         Args:
             x_nat: [b, 32, 32, 3] in [0, 255]. y: labels [b]. seed: two ints, of the random start.
             drawn: [steps, draws, ...], what `logits` takes beside x: for each gradient, the draws
                 to average over. The start has the first. Fewer steps take turns.
+            loss_func: one of loss_funcs.
+            start, active: where active [b] is not set, the sample stays as it is in start [b, ...],
+                and still takes part in the norms of the others. Default: all are attacked.
+            rank: of the target class, for a targeted loss: 1 is the most probable wrong one.
         """
-        return self._graph(tf.cast(x_nat, tf.float32), tf.cast(y, tf.int64),
-                           tf.cast(seed, tf.int64), tf.convert_to_tensor(drawn))
+        x_nat, y = tf.cast(x_nat, tf.float32), tf.cast(y, tf.int64)
+        start = x_nat if start is None else tf.cast(start, tf.float32)
+        active = tf.ones(len(y), tf.bool) if active is None else tf.cast(active, tf.bool)
+        return self._graph(x_nat, y, tf.cast(seed, tf.int64), tf.convert_to_tensor(drawn), start,
+                           active, tf.constant(self.loss_funcs.index(loss_func)),
+                           tf.constant(rank))
 
     def judge(self, x, y, drawn):
-        """Returns (loss [b], share [b]), means over the draws `drawn`, [draws, ...]."""
+        """Returns (cross-entropy [b], share right [b]), means over `drawn`, [draws, ...]."""
         return self._judge(tf.cast(x, tf.float32), tf.cast(y, tf.int64),
-                           tf.convert_to_tensor(drawn))[:2]
+                           tf.convert_to_tensor(drawn))
 
-    def evaluate(self, x, y, drawn):
+    def _shares(self, x, y, drawn):
+        xent, share = tf.zeros_like(y, tf.float32), tf.zeros_like(y, tf.float32)
+        for one_draw in drawn:
+            z = self.logits(x, one_draw)
+            xent += xent_loss(z, y)
+            share += tf.cast(tf.argmax(z, 1) == y, tf.float32)
+        n = tf.cast(len(drawn), tf.float32)
+        return xent / n, share / n
+
+    def target(self, x, y, drawn, rank):
+        """Returns the target class of each sample, [b]: the rank-th most probable wrong one."""
+        total = self.logits(x, drawn[0])
+        for one_draw in drawn[1:]:
+            total += self.logits(x, one_draw)
+        wrong = tf.where(tf.one_hot(y, total.shape[-1], True, False), -np.inf, total)
+        return tf.argsort(wrong, direction='DESCENDING')[:, rank - 1]
+
+    def evaluate(self, x, y, target, drawn, loss_func):
         """Returns the loss [b], the share of right answers [b] and the gradient, draws' means."""
         loss, share, gradient = tf.zeros_like(y, tf.float32), tf.zeros_like(y, tf.float32), 0. * x
         for one_draw in drawn:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(x)
                 z = self.logits(x, one_draw)
-                of_draw = self.loss(z, y)
+                of_draw = tf.stack([LOSSES[f](z, y, target) for f in self.loss_funcs])[loss_func]
             loss += of_draw
             share += tf.cast(tf.argmax(z, 1) == y, tf.float32)
             gradient += tape.gradient(of_draw, x)
@@ -114,10 +163,14 @@ class APGDAttack:
         return tf.clip_by_value(x, tf.maximum(x_nat - self.epsilon, 0.),
                                 tf.minimum(x_nat + self.epsilon, 255.))
 
-    def _perturb(self, x_nat, y, seed, drawn):
+    def _perturb(self, x_nat, y, seed, drawn, start, active, loss_func, rank):
         is_check, since_last = tf.constant(self.is_check), tf.constant(self.since_last)
-        x = x_before = self.initialize(x_nat, seed)
-        loss, share, gradient = self.evaluate(x, y, drawn[0])
+        is_targeted = tf.constant([f.startswith('targeted') for f in self.loss_funcs])
+        target = tf.cond(is_targeted[loss_func],
+                         lambda: tf.cast(self.target(start, y, drawn[0], rank), tf.int64),
+                         lambda: y)
+        x = x_before = masked(self.initialize(x_nat, seed), start, active)
+        loss, share, gradient = self.evaluate(x, y, target, drawn[0], loss_func)
         x_adv, adv_share, adv_loss = x, share, loss
         x_best, loss_best, gradient_best = x, loss, gradient
         step_size = tf.fill(tf.shape(y), tf.constant(2. * self.epsilon))
@@ -129,8 +182,9 @@ class APGDAttack:
             alpha = tf.where(step > 1, MOMENTUM, 1.)
             z = self.project(x + per_sample(step_size) * tf.sign(gradient), x_nat)
             x_next = self.project(x + alpha * (z - x) + (1 - alpha) * (x - x_before), x_nat)
-            x_before, x, loss_before = x, x_next, loss
-            loss, share, gradient = self.evaluate(x, y, drawn[step % len(drawn)])
+            x_before, x, loss_before = x, masked(x_next, start, active), loss
+            loss, share, gradient = self.evaluate(x, y, target, drawn[step % len(drawn)],
+                                                  loss_func)
 
             stronger = (share < adv_share) | ((share == adv_share) & (loss > adv_loss))
             x_adv = tf.where(per_sample(stronger), x, x_adv)
@@ -161,33 +215,111 @@ def per_sample(values):
     return values[:, None, None, None]
 
 
-def strongest(examples, attack, y, drawn):
-    """Returns for each sample the strongest of several examples, and its share of right draws.
-
-    Args:
-        examples: a list of [b, 32, 32, 3]. attack: the APGDAttack whose loss settles what as many
-            draws answer rightly. drawn: the draws that judge, the same for all.
-    """
-    judged = [attack.judge(x, y, drawn) for x in examples]
-    loss, share = (np.array([one[i] for one in judged]) for i in (0, 1))
-    first = np.lexsort((-loss, share), axis=0)[0]  # fewest right draws, then highest loss
-    return np.choose(per_sample(first), [np.asarray(x) for x in examples])
-
-
-def apgd_settings(data, config):
-    """Returns what Auto-PGD takes from a configuration. (With two classes there is no DLR.)"""
-    loss_funcs = [f for f in LOSSES if f != 'dlr' or data.num_classes > 2]
-    return {'epsilon': config['epsilon'], 'num_steps': config['apgd_num_steps'],
-            'loss_func': '+'.join(loss_funcs)}
+# ---- the attacks
 
 
 def apgd(model, data, config, num_draws):
-    """Returns Auto-PGD of apgd_num_steps steps with population norms; see attacks.make_attack.
+    """Returns Auto-PGD of apgd_num_steps steps with population norms; see attacks.make_attack."""
+    return adaptive(Inference(model, 'pn'), data, config, num_draws)
 
-    It runs once on cross-entropy and once on the difference of logits ratio, each on every sample,
-    and keeps for each sample the stronger of the two examples.
+
+def adaptive(inference, data, config, num_draws):
+    """Returns Auto-PGD through the draws that will answer; see attacks.make_attack.
+
+    Test samples are placed as they will be: all that the inference leaves to chance is known. With
+    num_draws above 1, the attack is on the sum of the losses under all those draws.
+
+    It runs num_restarts times on each loss: on cross-entropy, on the difference of logits ratio
+    (DLR; three classes or more) and on targeted DLR (four or more; else on the target's
+    cross-entropy), whose target is the r-th most probable wrong class in the r-th run. An image
+    that all known draws answer wrongly is not attacked again.
+
+    Where the images of a batch share their norms (`bn`; `bn_shaping` with several queries in a
+    batch), all of them stay in every run. Those that are answered wrongly keep their pixels, and so
+    take part in the norms that the others are attacked under. After each run the whole batch is
+    judged as it will be; a group of images that share norms takes the new examples if fewer of them
+    are then answered rightly, or as many with a higher cross-entropy.
     """
-    return _through(Inference(model, 'pn'), data, config, {})
+    images, labels = eval_examples(data, config)
+    runs = [(loss_func, restart) for loss_func in loss_funcs_for(data.num_classes)
+            for restart in range(config['num_restarts'])]
+    attack = make_apgd(inference, data, config)
+
+    def perturb(start, end):
+        draws = [inference.known(query)
+                 for query in queries_of(start // config['eval_batch_size'], num_draws)]
+        examples = []
+        for part in inference.parts(end - start, MAX_GRADIENT_IMAGES):
+            a, b = start + part.start, start + part.end
+            drawn = np.stack([inference.drawn(part, draw) for draw in draws])
+            batch = Batch(inference, images[a:b], labels[a:b], drawn)
+            for number, (loss_func, restart) in enumerate(runs):
+                seed = config['np_random_seed'], len(runs) * a + number
+                batch.attack(attack, loss_func, seed, restart + 1)
+            examples.append(batch.x_adv)
+        return tf.constant(np.concatenate(examples))
+
+    known = {'num_draws_known': num_draws} if inference.draws else {}
+    return perturb, {**apgd_settings(data, config), 'num_restarts': config['num_restarts'],
+                     'norms': inference.mode, **known, **form_of(inference.mode, config)}
+
+
+class Batch:
+    """Images under attack together, and the strongest examples so far.
+
+    Args:
+        inference: a shaping.Inference. images: [b, 32, 32, 3]. labels: [b].
+        drawn: [draws, groups, size], the known draws for them.
+    """
+
+    def __init__(self, inference, images, labels, drawn):
+        self.inference, self.labels, self.drawn = inference, labels, drawn
+        self.x_nat = self.x_adv = images.astype(np.float32)
+        self.judged = None  # (cross-entropy, share right) of x_adv, [b] each
+
+    def attack(self, attack, loss_func, seed, rank):
+        """Attacks the images that some draw answers rightly; keeps what is stronger."""
+        if self.judged is None:
+            self.judged = self.judge(attack, self.x_adv)
+        active = self.judged[1] > 0
+        if not active.any():
+            return
+        num_targets = int(self.inference.model.num_classes) - 1
+        chosen = self.chosen(active)
+        x_adv, _ = attack.perturb(
+            self.x_nat[chosen], self.labels[chosen], seed,
+            self.inference.drawn_for(self.drawn, chosen)[None], loss_func, self.x_adv[chosen],
+            active[chosen], (rank - 1) % num_targets + 1)
+        candidate = self.x_adv.copy()
+        candidate[chosen[active[chosen]]] = x_adv.numpy()[active[chosen]]
+        judged = self.judge(attack, candidate)
+        better = self.is_better(judged)
+        self.x_adv = np.where(per_sample(better), candidate, self.x_adv)
+        self.judged = [np.where(better, new, old) for new, old in zip(judged, self.judged)]
+
+    def judge(self, attack, x):
+        return [v.numpy() for v in attack.judge(x, self.labels, self.drawn)]
+
+    def chosen(self, active):
+        """Returns which images pass through the network in a run, their places in the batch.
+
+        All of them, where they share norms. Else those that are active, and some others, so that
+        there are few sizes: a graph may be made for each.
+        """
+        n = len(active)
+        if self.inference.coupled:
+            return np.arange(n)
+        first = np.argsort(~active, kind='stable')
+        return first[:next(-(-n // part) for part in (4, 2, 1) if active.sum() <= -(-n // part))]
+
+    def is_better(self, judged):
+        """Returns which images take new examples, [b] bool: alike for those that share norms."""
+        groups = np.arange(len(self.labels))
+        if self.inference.coupled:
+            groups = groups // self.inference.group_size(len(groups))
+        xent, share = (np.bincount(groups, new - old)[groups]
+                       for new, old in zip(judged, self.judged))
+        return (share < -1e-6) | ((np.abs(share) <= 1e-6) & (xent > 0))
 
 
 def apgd_eot(inference, data, config, num_draws):
@@ -196,21 +328,17 @@ def apgd_eot(inference, data, config, num_draws):
     It averages loss and gradient over eot_draws draws, the attacker's own: he knows the training
     set and the protocol, the recordings if there are any, not the defender's seed. AutoAttack's
     `rand` version gives a sample up as beaten after one lucky draw (its pull requests 104 and 105):
-    here no sample is given up, and which of the two examples is stronger is settled by eot_draws
-    more draws, the same for both. Where several test samples share a batch, each sample's best
-    example met the others' examples of the same step, not their best ones; shaping_batch_size = n +
-    1 leaves nothing to share. Where nothing is drawn, one gradient a step is enough.
+    here no sample is given up, and which example is stronger, that on cross-entropy or that on DLR,
+    is settled by eot_draws more draws, the same for both. Where several test samples share a batch,
+    each sample's best example met the others' examples of the same step, not their best ones;
+    shaping_batch_size = n + 1 leaves nothing to share. Where nothing is drawn, one gradient a step
+    is enough.
     """
-    eot_draws = {'eot_draws': config['eot_draws']} if inference.draws else {}
-    return _through(inference, data, config, eot_draws)
-
-
-def _through(inference, data, config, eot_draws):
-    """Returns Auto-PGD on each loss through an inference: through fresh draws, so many if any."""
     images, labels = eval_examples(data, config)
-    settings = apgd_settings(data, config)
-    attacks = [APGDAttack(inference.logits, f, settings['epsilon'], settings['num_steps'])
-               for f in settings['loss_func'].split('+')]
+    loss_funcs = [f for f in loss_funcs_for(data.num_classes) if not f.startswith('targeted')]
+    settings = {**apgd_settings(data, config), 'loss_func': '+'.join(loss_funcs)}
+    attack = make_apgd(inference, data, config)
+    eot_draws = {'eot_draws': config['eot_draws']} if inference.draws else {}
     steps, draws = (settings['num_steps'] + 1, *eot_draws.values()) if eot_draws else (1, 1)
 
     def perturb(start, end):
@@ -220,12 +348,13 @@ def _through(inference, data, config, eot_draws):
         for part in inference.parts(end - start, MAX_GRADIENT_IMAGES):
             a, b = start + part.start, start + part.end
             of_losses = []
-            for i, attack in enumerate(attacks):
+            for i, loss_func in enumerate(loss_funcs):
                 drawn = fresh_draws(inference, part, rng, steps, draws)
-                seed = config['np_random_seed'], len(attacks) * a + i
-                of_losses.append(attack.perturb(images[a:b], labels[a:b], seed, drawn)[0])
+                seed = config['np_random_seed'], len(loss_funcs) * a + i
+                of_losses.append(attack.perturb(images[a:b], labels[a:b], seed, drawn,
+                                                loss_func)[0])
             judging, = fresh_draws(inference, part, rng, 1, draws)
-            examples.append(strongest(of_losses, attacks[0], labels[a:b], judging))
+            examples.append(strongest(of_losses, attack, labels[a:b], judging))
         return tf.constant(np.concatenate(examples))
 
     return perturb, {**settings, 'norms': inference.mode, **eot_draws,
@@ -236,3 +365,28 @@ def fresh_draws(inference, part, rng, steps, draws):
     """Returns `draws` of one's own for each of so many steps, int32 [steps, draws, ...]."""
     return np.stack([[inference.drawn(part, inference.fresh(rng)) for _ in range(draws)]
                      for _ in range(steps)])
+
+
+def strongest(examples, attack, y, drawn):
+    """Returns for each sample the strongest of several examples, [b, 32, 32, 3].
+
+    Args:
+        examples: a list of [b, 32, 32, 3]. attack: an APGDAttack, which judges them. drawn: the
+            draws that judge, the same for all.
+    """
+    judged = [attack.judge(x, y, drawn) for x in examples]
+    loss, share = (np.array([one[i] for one in judged]) for i in (0, 1))
+    first = np.lexsort((-loss, share), axis=0)[0]  # fewest right draws, then highest loss
+    return np.choose(per_sample(first), [np.asarray(x) for x in examples])
+
+
+def make_apgd(inference, data, config):
+    """Returns the APGDAttack through an inference that a configuration describes."""
+    return APGDAttack(inference.logits, loss_funcs_for(data.num_classes), config['epsilon'],
+                      config['apgd_num_steps'], any_size=inference.mode in ('pn', 'bn_recorded'))
+
+
+def apgd_settings(data, config):
+    """Returns what Auto-PGD takes from a configuration."""
+    return {'epsilon': config['epsilon'], 'num_steps': config['apgd_num_steps'],
+            'loss_func': '+'.join(loss_funcs_for(data.num_classes))}

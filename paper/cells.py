@@ -105,6 +105,10 @@ class Evaluations:
 
         return self.get(what, identity, compute)
 
+    def has(self, name):
+        """Whether there is an evaluation under an attack, or it can be made."""
+        return True
+
     def experiment(self, measure, identity, summarize):
         """Returns the evaluation by an in-text experiment.
 
@@ -142,6 +146,9 @@ class StoredEvaluations(Evaluations):
             if name not in DIRECT:
                 raise
             return self.judged(name, INFERENCES, ratios, norms, **settings)
+
+    def has(self, name):
+        return any(json.loads(key)[1] == name for key in self.kept)
 
     def get(self, what, identity, compute):
         """Returns the evaluation `what` that is kept, of whatever weights and images.

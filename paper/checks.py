@@ -2,6 +2,7 @@
 import itertools
 from typing import NamedTuple
 
+from attacks import DIRECT
 from attacks.random_search import RANDOM_DRAWS
 from paper import formats
 from paper.cells import result_of, right_of
@@ -16,7 +17,7 @@ SWEEPS = {'num_steps': (1, 2, 5, 10, 20, 50, 100),
 MAX_EXAMPLES = 500  # the sweeps are a check of the attacks, not a result
 
 SWEEPS_HEADER = ['training', 'pgd with', 'under `pn`', 'under `bn_shaping`',
-                 'adaptive, under `bn_shaping`']
+                 'adaptive_pgd, under `bn_shaping`']
 CHECKS_HEADER = ['training', 'what must hold', 'accuracy', 'difference', '']
 
 
@@ -51,7 +52,7 @@ def sweep_results(config, evaluations):
                 pgd, adaptive = swept(evaluations[name], 'pgd', config, key, value), None
                 if key == 'epsilon':
                     adaptive = result_of(
-                        swept(evaluations[name], 'adaptive', config, key, value), 'bn_shaping')
+                        swept(evaluations[name], 'adaptive_pgd', config, key, value), 'bn_shaping')
                 found[SweepPoint(name, key, value)] = SweepResults(
                     result_of(pgd, 'pn'), result_of(pgd, 'bn_shaping'), adaptive)
         random = swept(evaluations[name], 'random', config)
@@ -68,7 +69,7 @@ def swept(of_training, attack, config, key=None, value=None):
         settings[key] = value
     if key == 'epsilon':
         settings |= {'epsilon': float(value), 'step_size': value / 4}
-    inferences = ('bn_shaping',) if attack == 'adaptive' else ('pn', 'bn_shaping')
+    inferences = ('bn_shaping',) if attack in DIRECT else ('pn', 'bn_shaping')
     return of_training.attack(attack, inferences, **settings)
 
 
@@ -92,7 +93,8 @@ def check_rows(config, evaluations):
     rows = []
     for training in SWEPT:
         name = name_of(training, config)
-        for attack, inference in (('pgd', 'pn'), ('pgd', 'bn_shaping'), ('adaptive', 'bn_shaping')):
+        for attack, inference in (('pgd', 'pn'), ('pgd', 'bn_shaping'),
+                                  ('adaptive_pgd', 'bn_shaping')):
             rows += sweep_checks(name, evaluations[name], attack, inference, config)
         rows.append(compared(
             name, f'`pgd` is stronger than {RANDOM_DRAWS:,} random perturbations, `pn`',
@@ -101,8 +103,9 @@ def check_rows(config, evaluations):
     for training in CHECKED:
         name = name_of(training, config)
         rows.append(compared(
-            name, '`adaptive` under `bn_shaping` is as strong as `pgd`, transferred',
-            evaluations[name].attack('adaptive'), evaluations[name].attack('pgd'), 'bn_shaping'))
+            name, '`adaptive_pgd` under `bn_shaping` is as strong as `pgd`, transferred',
+            evaluations[name].attack('adaptive_pgd', ('bn_shaping',)),
+            evaluations[name].attack('pgd'), 'bn_shaping'))
     return rows
 
 
@@ -113,7 +116,7 @@ def sweep_checks(name, of_training, attack, inference, config):
     """
     rows, label = [], f'`{attack}` under `{inference}`'
     for key, values in SWEEPS.items():
-        if (attack, key) == ('adaptive', 'num_steps'):  # not measured
+        if (attack, key) == ('adaptive_pgd', 'num_steps'):  # not measured
             continue
         evaluations = {value: swept(of_training, attack, config, key, value) for value in values}
 

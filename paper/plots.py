@@ -91,7 +91,7 @@ def sweep(key, config, points):
     """
     figure, axes = make_pyplot().subplots(figsize=(6, 4))
     styles = {'pn': ('pgd, pn', '-'), 'bn_shaping': ('pgd, bn_shaping', '--'),
-              'adaptive': ('adaptive, bn_shaping', ':')}
+              'adaptive': ('adaptive_pgd, bn_shaping', ':')}
     for colour, mode in zip(('tab:blue', 'tab:red'), (ADV_ONLY, NORM_SHAPING)):
         name = name_of(Training('pgd', mode), config)
         for field, (label, style) in styles.items():

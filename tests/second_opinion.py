@@ -6,8 +6,9 @@
 
 All with population norms. Accuracy under ours and theirs, with 95% Wilson intervals; for the
 minimum-norm attacks also the median L2 size on [0, 1] of the perturbations that fool the model.
-FGSM and PGD: foolbox. APGD, on cross-entropy then DLR on what is left: AutoAttack. C&W and
-DeepFool, which are foolbox's in attacks/minimum_norm.py: ART, the Adversarial Robustness Toolbox.
+FGSM and PGD: foolbox. Square and APGD, the latter on cross-entropy then DLR on what is left:
+AutoAttack. C&W and DeepFool, which are foolbox's in attacks/minimum_norm.py: ART, the Adversarial
+Robustness Toolbox.
 Random starts differ, so single samples do; the accuracies should not.
 """
 import os
@@ -31,8 +32,9 @@ from cifar10_input import eval_examples, load_data  # noqa: E402
 from eval import wilson_interval  # noqa: E402
 from model import build_model, find_checkpoint  # noqa: E402
 from pgd_attack import perturbation_fault  # noqa: E402
+from shaping import make_inference  # noqa: E402
 
-ATTACKS = ('fgsm', 'pgd', 'deepfool', 'apgd', 'cw')
+ATTACKS = ('fgsm', 'pgd', 'deepfool', 'apgd', 'square', 'cw')
 
 
 def foolbox_attack(name, classify, settings):
@@ -46,11 +48,12 @@ def foolbox_attack(name, classify, settings):
     return lambda x, y: library(fmodel, x, y, epsilons=settings['epsilon'])[1]
 
 
-def autoattack_attack(classify, settings):
-    """Returns AutoAttack's APGD: cross-entropy, then DLR on the samples that are still right."""
+def autoattack_attack(name, classify, settings):
+    """Returns AutoAttack's Square, or its APGD: cross-entropy, then DLR on what is still right."""
     import torch
     sys.path.insert(0, flags.FLAGS.autoattack)
     from autoattack.autopgd_base import APGDAttack
+    from autoattack.square import SquareAttack
 
     @tf.function
     def backward(x, upstream):
@@ -76,9 +79,14 @@ def autoattack_attack(classify, settings):
     def attack(x_nat, y):
         x = torch.from_numpy(x_nat.numpy().transpose(0, 3, 1, 2) / 255).contiguous()
         labels = torch.from_numpy(y.numpy())
-        for loss in ('ce', 'dlr'):
-            one = APGDAttack(Logits.apply, n_iter=settings['num_steps'], loss=loss, seed=0,
-                             eps=settings['epsilon'] / 255, device='cpu')
+        common = {'eps': settings['epsilon'] / 255, 'seed': 0, 'device': 'cpu'}
+        if name == 'square':
+            attacks = [SquareAttack(Logits.apply, n_queries=settings['square_queries'], **common)]
+        else:
+            attacks = [APGDAttack(Logits.apply, n_iter=settings['num_steps'], loss=loss,
+                                  n_restarts=settings['num_restarts'], **common)
+                       for loss in ('ce', 'dlr')]
+        for one in attacks:
             right = Logits.apply(x).argmax(1) == labels
             if right.any():
                 x[right] = one.perturb(x[right], labels[right])
@@ -117,21 +125,22 @@ def art_attack(name, classify, num_classes):
 def main():
     config = config_from_flags()
     names = choice('attack', flags.FLAGS.attack, ATTACKS)
-    if 'apgd' in names and not flags.FLAGS.autoattack:
+    if {'apgd', 'square'} & set(names) and not flags.FLAGS.autoattack:
         raise UserError('--autoattack is missing; expected the folder of a clone of '
-                        'fra31/auto-attack, or an --attack without apgd')
+                        'fra31/auto-attack, or an --attack without apgd and square')
     data = load_data(config, flags.FLAGS.download)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))
     classify = tf.function(lambda x: model(x, training=False))
+    pn = make_inference(model, 'pn', data, config)
 
     for name in names:
-        ours, settings = make_attack(name, model, data, config)
+        ours, settings = make_attack(name, model, data, config, 1, pn)
         if name in ('fgsm', 'pgd'):
             library, public = 'foolbox', foolbox_attack(name, classify, settings)
-        elif name == 'apgd':
-            library, public = 'AutoAttack', autoattack_attack(classify, settings)
+        elif name in ('apgd', 'square'):
+            library, public = 'AutoAttack', autoattack_attack(name, classify, settings)
         else:
             library, public = 'ART', art_attack(name, classify, data.num_classes)
         n = num_examples(name, config)

@@ -3,12 +3,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks import apgd, make_attack, random_search
+from attacks import apgd, make_attack, random_search, square
 from attacks.adaptive import AdaptivePGD
 from attacks.minimum_norm import minimum_norm_attack
 from cifar10_input import CIFAR10Data
 from pgd_attack import LinfPGDAttack
 from running import UserError
+import train
 from shaping import DRAW, INFERENCE_MODES, ShapedInference, make_inference
 
 RNG = np.random.default_rng(0)
@@ -101,7 +102,7 @@ def test_dlr_is_that_of_numpy_and_does_not_see_the_logits_scale():
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize('loss_func', apgd.LOSSES)
+@pytest.mark.parametrize('loss_func', ['xent', 'dlr'])
 def test_apgd_reaches_the_corner_that_is_the_optimum(linear, loss_func):
     """Two linear classes and one far off: the worst point of the ball is a corner, known."""
     model, images, _, _ = linear
@@ -112,8 +113,8 @@ def test_apgd_reaches_the_corner_that_is_the_optimum(linear, loss_func):
     y = z.argmax(1)
     direction = np.sign(WEIGHTS[:, 1] - WEIGHTS[:, 0]).reshape(32, 32, 3)
     corner = two_classes(images + 4 * direction * np.where(y, -1, 1)[:, None, None, None]).numpy()
-    x_adv, right = apgd.APGDAttack(lambda x, drawn: two_classes(x), loss_func, 4., 30).perturb(
-        images, y, (0, 0), NOTHING_DRAWN)
+    x_adv, right = apgd.APGDAttack(lambda x, drawn: two_classes(x), [loss_func], 4., 30).perturb(
+        images, y, (0, 0), NOTHING_DRAWN, loss_func)
     x_adv = x_adv.numpy()
     assert np.abs(x_adv - images).max() <= 4
     def lead(z):
@@ -127,11 +128,14 @@ def test_apgd_halves_its_step_where_it_finds_no_progress():
     """The loss peaks inside the ball: fixed steps of 2 epsilon would jump over it for ever."""
     peak = 3.3
     class Peak(apgd.APGDAttack):
-        def evaluate(self, x, y, drawn):
+        def target(self, x, y, drawn, rank):
+            return y
+
+        def evaluate(self, x, y, target, drawn, loss_func):
             offset = x - (100 + peak)
             return -tf.reduce_sum(tf.abs(offset), [1, 2, 3]), tf.ones([len(x)]), -tf.sign(offset)
-    x_adv, _ = Peak(None, 'xent', 8., 100).perturb(
-        np.full((1, 4, 4, 1), 100.), [0], (0, 0), NOTHING_DRAWN)
+    x_adv, _ = Peak(None, ['xent'], 8., 100).perturb(
+        np.full((1, 4, 4, 1), 100.), [0], (0, 0), NOTHING_DRAWN, 'xent')
     assert np.abs(x_adv - 100 - peak).mean() < 0.3
 
 
@@ -159,7 +163,7 @@ def adaptive_examples(inference, data, config, num_draws):
 @pytest.mark.parametrize('mode, num_draws', [
     ('bn', 1), ('pn', 1), ('bn_shaping', 1), ('bn_shaping', 2), ('bn_recorded', 1),
     ('bn_recorded', 2)])
-@pytest.mark.parametrize('name', ['adaptive', 'adaptive_weak'])
+@pytest.mark.parametrize('name', ['adaptive_pgd', 'adaptive_weak'])
 def test_adaptive_goes_through_what_answers_and_weak_through_another_draw(
         small_model, small_config, data, name, mode, num_draws):
     config = small_config(random_start=False, shaping_batch_size=30, num_recordings=5,
@@ -168,7 +172,7 @@ def test_adaptive_goes_through_what_answers_and_weak_through_another_draw(
     attack, settings = make_attack(name, small_model, data, config, num_draws, inference)
     agreement = (attack(20, 40).numpy() == adaptive_examples(
         inference, data, config, num_draws)).mean()
-    if name == 'adaptive' or not inference.draws:
+    if name == 'adaptive_pgd' or not inference.draws:
         assert agreement > 0.99
     else:
         assert agreement < 0.95
@@ -179,8 +183,102 @@ def test_adaptive_through_population_norms_is_pgd(small_model, small_config, dat
     config = small_config()
     pn = make_inference(small_model, 'pn', data, config)
     ours, pgd = (make_attack(name, small_model, data, config, 1, pn)[0](20, 40)
-                 for name in ('adaptive', 'pgd'))
+                 for name in ('adaptive_pgd', 'pgd'))
     assert np.mean(ours == pgd) > 0.99
+
+
+def test_targeted_dlr_is_that_of_numpy_and_does_not_see_the_logits_scale():
+    """Croce and Hein 2020, equation 7."""
+    logits, y, t = RNG.normal(0, 3, (40, 10)), RNG.integers(0, 10, 40), RNG.integers(0, 10, 40)
+    top = np.sort(logits)
+    expected = -(logits[np.arange(40), y] - logits[np.arange(40), t]) / (
+        top[:, -1] - (top[:, -3] + top[:, -4]) / 2)
+    for scale in (1, 100):
+        ours = apgd.targeted_dlr_loss(tf.constant(scale * logits, tf.float32), tf.constant(y),
+                                      tf.constant(t))
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_targets_are_the_most_probable_wrong_classes(linear):
+    model, images, labels, _ = linear
+    for classes, names in ((2, 'xent+targeted_xent'), (3, 'xent+dlr+targeted_xent'),
+                           (10, 'xent+dlr+targeted_dlr')):
+        assert '+'.join(apgd.loss_funcs_for(classes)) == names
+    attack = apgd.APGDAttack(lambda x, drawn: model(x), ['targeted_xent'], 8., 1)
+    z, drawn = model(tf.cast(images, tf.float32)).numpy(), tf.zeros([1, 1, 0], tf.int32)
+    order = np.argsort(-z, 1)
+    for rank in (1, 2):
+        target = attack.target(tf.cast(images, tf.float32), tf.constant(labels), drawn, rank)
+        assert (target.numpy() == order[:, rank]).all()
+
+
+@pytest.fixture
+def learned(small_model, small_config):
+    """(the smallest network after a few natural steps, its data), most of which it answers right"""
+    config = small_config(training_mode='natural', step_size_schedule=[[0, 0.02]],
+                          training_batch_size=64)
+    rng = np.random.default_rng(0)
+    def subset(n):
+        y = rng.integers(0, 10, n)
+        x = 128 + 12 * np.sin(y[:, None, None, None] + np.arange(3) * 2) + rng.normal(
+            0, 10, (n, 32, 32, 3))
+        return np.clip(x, 0, 255).astype(np.uint8), y
+    data = CIFAR10Data(subset(640), subset(60), [str(i) for i in range(10)])
+    step = train.make_train_step(small_model, train.make_optimizer(config), config)
+    for i in range(60):
+        step(*map(tf.constant, data.train_data.get_batch(i, 64)), tf.constant(i, tf.int64))
+    return small_model, data
+
+
+@pytest.mark.parametrize('mode, size', [
+    ('pn', 100), ('bn', 100), ('bn_shaping', 50), ('bn_shaping', 10), ('bn_recorded', 100)])
+def test_adaptive_is_as_strong_as_pgd_through_any_inference(learned, small_config, mode, size):
+    """At an epsilon where some images are beaten and some are not."""
+    model, data = learned
+    config = small_config(num_recordings=5, apgd_num_steps=6, num_steps=4, num_restarts=1,
+                          num_eval_examples=20, shaping_batch_size=size, epsilon=3., step_size=1.)
+    inference = make_inference(model, mode, data, config)
+    labels = data.eval_data.ys[:20]
+    def right(x):
+        return np.argmax(inference(x, 0), 1) == labels
+    clean, pgd, strong = (right(make_attack(name, model, data, config, 1, inference)[0](0, 20))
+                          for name in ('clean', 'adaptive_pgd', 'adaptive'))
+    assert clean.mean() >= 0.5 and strong.sum() <= pgd.sum() < clean.sum()
+    if not inference.coupled:
+        assert not (strong & ~clean).any()  # what is wrong stays wrong
+
+
+def test_an_image_that_is_wrong_is_not_attacked_where_images_do_not_share_norms(
+        learned, small_config):
+    model, data = learned
+    config = small_config(apgd_num_steps=3, num_restarts=1, num_eval_examples=20, num_recordings=5)
+    data.eval_data.ys[:20:2] = (data.eval_data.ys[:20:2] + 1) % 10
+    for mode in ('pn', 'bn_recorded'):
+        inference = make_inference(model, mode, data, config)
+        attack, _ = make_attack('adaptive', model, data, config, 1, inference)
+        wrong = np.argmax(inference(data.eval_data.xs[:20], 0), 1) != data.eval_data.ys[:20]
+        changed = (attack(0, 20).numpy() != data.eval_data.xs[:20]).any((1, 2, 3))
+        assert wrong.any() and (changed == ~wrong).all()
+
+
+def test_in_a_shared_batch_the_whole_mixture_is_judged(learned, small_config):
+    """Each run either improves what the batch answers as a whole, or is dropped."""
+    model, data = learned
+    config = small_config(num_eval_examples=20, shaping_batch_size=50, epsilon=3.)
+    shaped = make_inference(model, 'bn_shaping', data, config)
+    part, = shaped.parts(20)
+    drawn = shaped.drawn(part, shaped.known(0))[None]
+    y = data.eval_data.ys[:20]
+    batch = apgd.Batch(shaped, data.eval_data.xs[:20], y, drawn)
+    counts = [np.sum(np.argmax(shaped(batch.x_adv, 0), 1) == y)]
+    attack = apgd.APGDAttack(shaped.logits, ['xent'], 3., 5)
+    for run in range(3):
+        before = batch.x_adv.copy()
+        wrong = np.argmax(shaped(before, 0), 1) != y
+        batch.attack(attack, 'xent', (0, run), 1)
+        assert run == 0 or (batch.x_adv[wrong] == before[wrong]).all()  # they keep their pixels
+        counts.append(np.sum(np.argmax(shaped(batch.x_adv, 0), 1) == y))
+    assert (np.diff(counts) <= 0).all() and counts[-1] < counts[0]
 
 
 @pytest.mark.parametrize('mode', INFERENCE_MODES)
@@ -243,16 +341,16 @@ def test_apgd_eot_draws_afresh_at_every_step_and_not_what_the_inference_draws(
     assert tuple(shaped.known(0)(0, 9)) not in set(steps)
 
 
-@pytest.mark.parametrize('loss_func', apgd.LOSSES)
+@pytest.mark.parametrize('loss_func', ['xent', 'dlr'])
 def test_apgd_raises_its_loss_above_what_pgd_reaches(madry_model, golden, loss_func):
     """The original's network, population norms, five steps each, epsilon 2."""
     images, labels = golden['images'].astype(np.float32), golden['labels']
     def logits(x):
         return madry_model(x, training=False)
     def losses(x):
-        return apgd.LOSSES[loss_func](logits(x), labels).numpy()
-    x_adv, right = apgd.APGDAttack(lambda x, drawn: logits(x), loss_func, 2., 5).perturb(
-        images, labels, (0, 0), NOTHING_DRAWN)
+        return apgd.LOSSES[loss_func](logits(x), labels, None).numpy()
+    x_adv, right = apgd.APGDAttack(lambda x, drawn: logits(x), [loss_func], 2., 5).perturb(
+        images, labels, (0, 0), NOTHING_DRAWN, loss_func)
     pgd = LinfPGDAttack(madry_model, 2., 5, 0.5, True, 'xent', training=False)
     assert losses(x_adv).mean() > losses(images).mean() + 0.1
     assert losses(x_adv).mean() > losses(pgd.perturb(images, labels, 0)).mean() - 0.02
@@ -269,3 +367,44 @@ def test_where_cw_finds_nothing_the_image_comes_back_as_it_is(linear):
     attack, _ = minimum_norm_attack('cw', stubborn, images, labels)
     assert np.argmax(stubborn(np.zeros([6, 32, 32, 3], np.float32)), 1).tolist() != labels.tolist()
     assert (attack(0, 6).numpy() == images).all()
+
+
+def test_squares_shrink_as_autoattack_has_it():
+    """fra31/auto-attack, square.py: p_selection and the side in `attack_single_run`, 5,000."""
+    sides = square.square_sizes(5000)
+    assert sides[0] == 29 and sides[5:8].tolist() == [29, 20, 20]
+    assert sides[-1] == 1 and (np.diff(sides) <= 0).all()
+
+
+def test_square_closes_in_on_the_optimum_without_a_gradient(linear):
+    """Logits linear in the means of the colours: it goes more than half the way to the corner."""
+    model, images, labels, _ = linear
+    images, n = images.astype(np.float32), len(images)
+    weights = np.array([[1, -1], [-1, 1], [.5, -.5]], np.float32)
+
+    def logits(x, drawn):
+        return tf.reduce_mean(x, [1, 2]) @ weights
+    y = np.zeros(n, int)
+    attack = square.SquareAttack(logits, 4., 1000)
+    x_adv = attack.perturb(images, y, (0, 0), np.zeros([1, 1, 0], np.int32)).numpy()
+    assert np.abs(x_adv - images).max() <= 4
+    def lead(x):
+        z = logits(x, None).numpy()
+        return z[:, 0] - z[:, 1]
+    corner = images - 4 * np.sign(weights[:, 0] - weights[:, 1])
+    assert (lead(images) - lead(x_adv) > 0.5 * (lead(images) - lead(corner))).all()
+
+
+def test_square_meets_a_fresh_draw_at_every_query(small_model, small_config, data, monkeypatch):
+    seen = []
+    original = ShapedInference.logits
+    def logits(self, images, drawn):
+        tf.py_function(lambda numbers: seen.append(tuple(numbers.numpy()[0])), [drawn], [])
+        return original(self, images, drawn)
+    monkeypatch.setattr(ShapedInference, 'logits', logits)
+    config = small_config(shaping_batch_size=10, square_queries=7, num_eval_examples=1)
+    attack, settings = make_attack('square', small_model, data, config)
+    attack(0, 1)
+    assert len(seen) == len(set(seen)) == 7 and settings['norms'] == 'bn_shaping'
+    shaped = make_inference(small_model, 'bn_shaping', data, config)
+    assert tuple(shaped.known(0)(0, 9)) not in seen

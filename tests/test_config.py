@@ -398,7 +398,8 @@ def test_what_may_change_when_a_training_is_resumed():
         'model_dir', 'data_path', 'max_num_training_steps', 'num_output_steps',
         'num_summary_steps', 'num_checkpoint_steps', 'num_eval_examples', 'eval_batch_size',
         'eval_on_cpu', 'store_adv_path', 'inference_shaping_ratio', 'shaping_batch_size', 'xla',
-        'fgsm_epsilon', 'apgd_num_steps', 'eot_draws', 'num_attack_examples',
+        'fgsm_epsilon', 'apgd_num_steps', 'num_restarts', 'eot_draws', 'square_queries',
+        'num_attack_examples',
         'num_recordings', 'recorded_samples'}
 
 
@@ -409,9 +410,10 @@ def test_what_an_attacks_accuracy_depends_on():
                'batch_norms', 'num_attack_examples'}
     younger = {'attack_norms': 'fixed', 'num_recordings': 7, 'recorded_samples': 7,
                'num_validation_examples': 7}
-    of_some = {'fgsm_epsilon', 'apgd_num_steps', 'eot_draws'}
+    of_some = {'fgsm_epsilon', 'apgd_num_steps', 'num_restarts', 'eot_draws', 'square_queries'}
     for attack, own in ((None, set()), ('pgd', set()), ('fgsm', {'fgsm_epsilon'}),
-                        ('apgd', {'apgd_num_steps'}),
+                        ('apgd', {'apgd_num_steps', 'num_restarts'}),
+                        ('square', {'square_queries'}),
                         ('apgd_eot', {'apgd_num_steps', 'eot_draws'})):
         old = set(SCHEMA) - nothing - of_some - set(younger) | own
         assert set(relevant(config, attack)) == old  # numbers stored before these keys are known

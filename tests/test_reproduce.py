@@ -144,7 +144,7 @@ def test_the_papers_claims_are_its_numbers():
     assert len({claim.words for claim in published.CLAIMS}) == len(published.CLAIMS)
     ratio_7 = Training('pgd', NORM_SHAPING, 7)
     assert published.paper_accuracy(Accuracy(ratio_7, 'pgd', 'bn_shaping', 9)) == 0.781
-    for training, attack in ((Training('pgd', ADV_ONLY), 'adaptive'), (ratio_7, 'pgd')):
+    for training, attack in ((Training('pgd', ADV_ONLY), 'adaptive_pgd'), (ratio_7, 'pgd')):
         with pytest.raises(KeyError):
             published.paper_accuracy(Accuracy(training, attack, 'bn_shaping'))
 
@@ -251,12 +251,13 @@ def sound(attack, settings):
     (None, None),
     (lambda attack, s: 850 if s.get('num_steps') == 50 else None,
      'accuracy does not rise with num_steps; closest: 50 against 20'),
-    (lambda attack, s: 650 if s.get('epsilon') == 32 and attack == 'adaptive' else None,
-     '`adaptive` under `bn_shaping`: accuracy does not rise with epsilon; closest: 32 against 16'),
+    (lambda attack, s: 650 if s.get('epsilon') == 32 and attack == 'adaptive_pgd' else None,
+     '`adaptive_pgd` under `bn_shaping`: accuracy does not rise with epsilon; closest: 32 against '
+     '16'),
     (lambda attack, s: 1 if s.get('epsilon') == 64 else None, 'accuracy is 0 at epsilon 64'),
     (lambda attack, s: 640 if attack == 'random' else None, 'random perturbations'),
-    (lambda attack, s: 720 if attack == 'adaptive' and not s else None,
-     '`adaptive` under `bn_shaping` is as strong as `pgd`')])
+    (lambda attack, s: 720 if attack == 'adaptive_pgd' and not s else None,
+     '`adaptive_pgd` under `bn_shaping` is as strong as `pgd`')])
 def test_the_checks_fail_where_an_attack_is_not_sound(broken, fault, small_config):
     def left(attack, settings):
         found = broken(attack, settings) if broken else None

@@ -1,0 +1,107 @@
+"""Square Attack (Andriushchenko et al. 2020), L-infinity: random search by the model's scores.
+
+It needs no gradient. Where it leaves less accuracy than attacks by gradients, these are masked.
+"""
+import numpy as np
+import tensorflow as tf
+
+from cifar10_input import eval_examples
+from pgd_attack import margin, random_bits
+from shaping import form_of
+
+P_INIT = 0.8  # the share of the image that the first squares cover; AutoAttack's
+# The share is halved after so many of 10,000 queries, stretched to the number of queries
+HALVED_AT = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000])
+
+
+def square_sizes(num_queries, image_size=32):
+    """Returns the side of the square of each query, int32 [num_queries]."""
+    at = np.arange(num_queries) * 10000 // num_queries
+    halvings = (at[:, None] > HALVED_AT).sum(1)
+    sides = np.rint(np.sqrt(P_INIT / 2. ** halvings * image_size ** 2))
+    return np.clip(sides, 1, image_size - 1).astype(np.int32)
+
+
+class SquareAttack:
+    """Square Attack through logits under draws, all its queries in one graph.
+
+    Args:
+        logits: f(x [b, 32, 32, 3], drawn) -> logits [b, classes].
+        epsilon: radius of the ball in pixels. num_queries: queries an image, the first of stripes.
+
+    What the paper leaves open, for a defence that draws: a query's loss is under a draw of its own,
+    and a square is kept if its loss is the lowest so far. No image is given up after a lucky draw.
+    """
+
+    def __init__(self, logits, epsilon, num_queries):
+        self.logits, self.epsilon, self.num_queries = logits, epsilon, num_queries
+        self._graph = tf.function(self._perturb)
+
+    def perturb(self, x_nat, y, seed, drawn):
+        """Returns adversarial examples, float32 [b, 32, 32, 3].
+
+        Args:
+            x_nat: [b, 32, 32, 3] in [0, 255]. y: labels [b]. seed: two ints.
+            drawn: [queries, ...], what `logits` takes beside x; fewer take turns.
+        """
+        return self._graph(tf.cast(x_nat, tf.float32), tf.cast(y, tf.int64),
+                           tf.cast(seed, tf.int64), tf.convert_to_tensor(drawn))
+
+    def _perturb(self, x_nat, y, seed, drawn):
+        b, size = x_nat.shape[0], x_nat.shape[1]
+        sides, places = tf.constant(square_sizes(self.num_queries, size)), tf.range(size)
+
+        def signs(shape, seed):  # -1 or 1
+            return 2. * tf.cast(random_bits(tf.zeros(shape), seed) >= 0, tf.float32) - 1
+
+        def inside(corner, side):  # bool [b, size]
+            return (places >= corner[:, None]) & (places < corner[:, None] + side)
+
+        # Vertical stripes
+        x = self.project(x_nat + self.epsilon * signs([b, 1, size, 3], seed), x_nat)
+        loss = margin(self.logits(x, drawn[0]), y)
+        for query in tf.range(1, self.num_queries):
+            # A square of one colour, for each image at its own place
+            side = sides[query]
+            of_query = tf.random.fold_in(seed, query, alg='philox')
+            top, left = tf.unstack(tf.random.stateless_uniform(
+                [2, b], of_query, 0, size - side + 1, tf.int32, alg='philox'))
+            square = inside(top, side)[:, :, None] & inside(left, side)[:, None, :]
+            colour = signs([b, 1, 1, 3], tf.random.fold_in(of_query, 1, alg='philox'))
+            x_new = tf.where(square[..., None], x + 2 * self.epsilon * colour, x)
+            x_new = self.project(x_new, x_nat)
+            # It stays where the margin is the lowest so far
+            loss_new = margin(self.logits(x_new, drawn[query % len(drawn)]), y)
+            better = loss_new < loss
+            x = tf.where(better[:, None, None, None], x_new, x)
+            loss = tf.where(better, loss_new, loss)
+        return x
+
+    def project(self, x, x_nat):
+        """Returns x clipped to the ball around x_nat and to [0, 255]."""
+        return tf.clip_by_value(x, tf.maximum(x_nat - self.epsilon, 0.),
+                                tf.minimum(x_nat + self.epsilon, 255.))
+
+
+def square(inference, data, config, num_draws):
+    """Returns Square Attack through the inference that answers; see attacks.make_attack.
+
+    Every query meets a fresh draw: the attacker sees scores, and has no say in what is drawn.
+    """
+    images, labels = eval_examples(data, config)
+    queries = config['square_queries']
+    attack = SquareAttack(inference.logits, config['epsilon'], queries)
+
+    def perturb(start, end):
+        rng = np.random.default_rng([config['np_random_seed'], start, 0, 0, 3])
+        examples = []
+        for part in inference.parts(end - start):
+            a, b = start + part.start, start + part.end
+            drawn = np.stack([inference.drawn(part, inference.fresh(rng))
+                              for _ in range(queries if inference.draws else 1)])
+            examples.append(attack.perturb(images[a:b], labels[a:b],
+                                           (config['np_random_seed'], a), drawn))
+        return tf.concat(examples, axis=0)
+
+    return perturb, {'epsilon': config['epsilon'], 'square_queries': queries,
+                     'norms': inference.mode, **form_of(inference.mode, config)}
