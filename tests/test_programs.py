@@ -107,7 +107,7 @@ def test_eval_prints_and_stores_every_cell(trained):
     folder, _ = trained
     settings = ['apgd_num_steps=2', 'eot_draws=2', 'num_recordings=5',
                 'num_attack_examples={"apgd_eot": 20}']
-    attacks = ['clean', 'fgsm', 'pgd', 'deepfool', 'shaping', 'adaptive', 'apgd_eot']
+    attacks = ['clean', 'fgsm', 'pgd', 'deepfool', 'shaping', 'adaptive_pgd', 'apgd_eot']
     status, stdout, stderr = program('eval.py', '--model_dir', folder, '--attack',
                                      ','.join(attacks), '--num_draws', '2', settings=settings)
     assert status == 0, stderr
