@@ -68,6 +68,7 @@ def adaptive_weak(inference, data, config, num_draws):
 def _through(inference, data, config, num_draws, draws_for, num_draws_known):
     """Returns PGD through an inference; draws_for: f(queries) -> the draws to go through."""
     images, labels = eval_examples(data, config)
+    num_draws = num_draws if inference.draws else 1
     pgd = AdaptivePGD(inference, **pgd_settings(config))
 
     def perturb(start, end):

@@ -244,6 +244,7 @@ def adaptive(inference, data, config, num_draws):
     runs = [(loss_func, restart) for loss_func in loss_funcs_for(data.num_classes)
             for restart in range(config['num_restarts'])]
     attack = make_apgd(inference, data, config)
+    num_draws = num_draws if inference.draws else 1
 
     def perturb(start, end):
         draws = [inference.known(query)
