@@ -138,6 +138,7 @@ SCHEMA = {
     'attack_norms': Key(*_choice(*ATTACK_NORMS), 'training', before='batch'),
     'adversary': Key(*_choice(*ADVERSARIES), 'training'),
     'trades_beta': Key(*_number(0), 'training'),
+    'trades_xent': Key(*_choice('attacked', 'natural'), 'training', before='attacked'),
     'shaping_ratio': Key(*_integer(1), 'training'),
     'inference_shaping_ratio': Key(*_integer(0), 'evaluation'),
     'shaping_batch_size': Key(*_integer(2), 'evaluation'),
@@ -236,6 +237,9 @@ def check_config(config):
         raise UserError(f'trades_beta is {config["trades_beta"]} and adversary '
                         f'{config["adversary"]}, which does not use it; expected adversary trades, '
                         'or trades_beta 0')
+    if config['trades_xent'] == 'natural' and config['trades_beta'] == 0:
+        raise UserError('trades_xent is natural and trades_beta 0: no attacked image would be '
+                        'trained on; expected trades_beta above 0, or trades_xent attacked')
     queries = config['shaping_batch_size'] // (config['inference_shaping_ratio'] + 1)
     if queries > config['eval_batch_size']:
         raise UserError(f'shaping_batch_size is {config["shaping_batch_size"]} and '

@@ -330,6 +330,8 @@ def make_train_step(model, optimizer, config):
     adversary with trades_beta above 0 adds trades_beta * KL(p(x_nat) || p(x_adv)) to the loss of
     each attacked sample, before that mean: in adv_only, what TRADES adds. p(x_nat) comes from a
     pass over the natural batch, the tail's samples in the shaped batch as it was before the attack.
+    With trades_xent `natural`, the cross-entropy in the loss is of that pass, too, as TRADES was
+    published; what is reported as xent stays that of X^(T).
 
     Each replica's loss is divided by their number: their sum is the mean over the batch.
     """
@@ -355,7 +357,11 @@ def make_train_step(model, optimizer, config):
             logits_nat = model(x_nat, update_population_norms=True) if beta else None
             logits = model(x_adv, update_population_norms=True)
             xent = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-            loss = tf.reduce_mean(xent) + config['weight_decay'] * model.weight_decay_loss()
+            loss = tf.reduce_mean(xent)
+            if beta and config['trades_xent'] == 'natural':
+                loss = tf.reduce_mean(
+                    tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits_nat))
+            loss += config['weight_decay'] * model.weight_decay_loss()
             loss /= replicas
             if beta:
                 kl = tf.gather(kl_divergence(logits_nat, logits), np.flatnonzero(tail))

@@ -33,7 +33,8 @@ class Table(NamedTuple):
     header: list
     rows: Callable         # (config, evaluations) -> lists of what stands below the header
     caption: str           # what the numbers are of; {n}: on how many images, {all}: of how many,
-                           # {step}, {steps}: PGD's step_size and num_steps
+                           # {step}, {steps}: PGD's step_size and num_steps; {xent}, {beta}: what
+                           # TRADES trains on
     max_examples: int | None = None  # the most images that it takes; None: num_eval_examples
     note: str = ''         # below the table
     plots: Mapping = {}    # {file name: (config, evaluations) -> a matplotlib figure}
@@ -239,7 +240,8 @@ TABLES = {
     'table2': Table(
         'Table II: TRADES-based adversarial training',
         tuple(Training('trades', mode) for mode in MODES),
-        MAIN_HEADER, partial(main_rows, 'trades'), ACCURACY,
+        MAIN_HEADER, partial(main_rows, 'trades'),
+        ACCURACY + '; trained on the cross-entropy of {xent} images, beta {beta}',
         plots={'table2_tradeoff': partial(plots.tradeoff, 'trades')},
         checks=(check_shaping_attack,)),
     'table3': Table(
@@ -335,6 +337,7 @@ def caption(table, config):
         data += f' ({", ".join(config["classes"])})'
     n = config['num_eval_examples']
     images = table.caption.format(n=min(n, table.max_examples or n), all=n,
-                                  step=f'{config["step_size"]:g}', steps=config['num_steps'])
+                                  step=f'{config["step_size"]:g}', steps=config['num_steps'],
+                                  xent=config['trades_xent'], beta=f'{config["trades_beta"]:g}')
     return (f'w{depth}-{config["width_factor"]}, {config["max_num_training_steps"]} steps of batch '
             f'{config["training_batch_size"]}, {data}, seed {config["tf_random_seed"]}; {images}.')

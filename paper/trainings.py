@@ -37,7 +37,7 @@ def config_of(training, config):
     of_training = {**config, 'adversary': training.adversary, 'training_mode': training.mode,
                    'model_dir': os.path.join(config['model_dir'], name_of(training, config))}
     if training.adversary == 'pgd':
-        of_training['trades_beta'] = 0.  # of trades alone
+        of_training |= {'trades_beta': 0., 'trades_xent': 'attacked'}  # of trades alone
     if training.mode.startswith('shaping'):
         if size <= ratio:
             raise UserError(f'training_batch_size must be at least {ratio + 1} for a ratio of '

@@ -285,6 +285,12 @@ def test_trades_beta_that_would_be_ignored_is_refused(adversary, beta, fits):
         assert refusal(settings=settings).startswith('trades_beta is 6 and adversary pgd, ')
 
 
+def test_trades_without_any_attacked_image_is_refused():
+    settings = ['adversary=trades', 'trades_xent=natural']
+    assert load_config(settings=[*settings, 'trades_beta=6'])['trades_xent'] == 'natural'
+    assert refusal(settings=settings).startswith('trades_xent is natural and trades_beta 0: no ')
+
+
 @pytest.mark.parametrize('size, ratio, eval_size, fits', [
     (100, 0, 99, False), (100, 0, 100, True), (1000, 9, 99, False), (1000, 9, 100, True)])
 def test_a_shaped_batch_that_no_evaluation_batch_fills_is_refused(size, ratio, eval_size, fits):
@@ -409,7 +415,7 @@ def test_what_an_attacks_accuracy_depends_on():
                'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'distribution',
                'batch_norms', 'num_attack_examples'}
     younger = {'attack_norms': 'fixed', 'num_recordings': 7, 'recorded_samples': 7,
-               'num_validation_examples': 7}
+               'num_validation_examples': 7, 'trades_xent': 'natural'}
     of_some = {'fgsm_epsilon', 'apgd_num_steps', 'num_restarts', 'eot_draws', 'square_queries'}
     for attack, own in ((None, set()), ('pgd', set()), ('fgsm', {'fgsm_epsilon'}),
                         ('apgd', {'apgd_num_steps', 'num_restarts'}),

@@ -74,13 +74,15 @@ def test_the_start_is_finite_whatever_bits_are_drawn(monkeypatch):
         assert 5 < float(noise[-1]) < 5.5 and abs(float(noise[3])) < 1e-6
 
 
+@pytest.mark.parametrize('of', ['attacked', 'natural'])
 @pytest.mark.parametrize('mode', TRAINING_MODES)
-def test_beta_adds_the_divergence_of_the_attacked_samples(small_model, small_config, batch, mode):
+def test_beta_adds_the_divergence_of_the_attacked_samples(
+        small_model, small_config, batch, mode, of):
     """The loss with beta 6, from the logits of two plain forward passes, in float64."""
-    config = small_config(training_mode=mode, adversary='trades', trades_beta=6.)
+    config = small_config(training_mode=mode, adversary='trades', trades_beta=6., trades_xent=of)
     x_nat, x, _ = attacked_batch(small_model, config, batch, 0, update_population_norms=False)
     logits_nat, logits = (small_model(v, update_population_norms=False) for v in (x_nat, x))
-    xent = -log_softmax(logits)[np.arange(16), batch[1]]
+    xent = -log_softmax(logits_nat if of == 'natural' else logits)[np.arange(16), batch[1]]
     attacked = np.flatnonzero(train.adversarial_tail(config))
     expected = (xent.mean() + 6 * kl(logits_nat, logits)[attacked].sum() / 16
                 + config['weight_decay'] * float(small_model.weight_decay_loss()))
