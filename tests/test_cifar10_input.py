@@ -149,7 +149,7 @@ def write_all(folder, dumps=python2_dumps, images=IMAGES, labels=LABELS):
 
 def config(folder, **settings):
     return {'dataset': 'cifar10', 'data_path': str(folder), 'classes': None, 'np_random_seed': 0,
-            'num_eval_examples': 7, **settings}
+            'num_validation_examples': 0, 'num_eval_examples': 7, **settings}
 
 
 @pytest.fixture
