@@ -68,7 +68,7 @@ import tensorflow as tf
 from cifar10_input import CIFAR10Data
 from model import BN_DECAY, BN_EPSILON, LEAKINESS, Model, build_model
 from pgd_attack import LinfPGDAttack
-from running import UserError
+from running import UserError, optional
 from shaping import MAX_GRADIENT_IMAGES, make_inference
 from train import adversarial_tail, make_optimizer, make_train_step, use_xla
 
@@ -186,11 +186,7 @@ def make_original_step(model_class, config, num_classes, rng):
 
 def import_torch():
     """Returns PyTorch. Raises UserError: it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError('--against torch needs PyTorch: pip install torch') from None
-    return torch
+    return optional('torch', '--against torch needs PyTorch')
 
 
 def make_torch_network(model, num_classes):

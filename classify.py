@@ -16,7 +16,7 @@ from absl import flags
 import numpy as np
 
 from config import begin, load_config
-from running import UserError, brief
+from running import UserError, brief, optional
 from running.program import ANY, run
 from running.untrusted import map_array, read_json
 
@@ -96,10 +96,8 @@ def read_images(path, resize):
 
 def read_picture(path):
     """Returns the pixels of a PNG or JPEG file, uint8 [h, w, 3]. Raises UserError."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise UserError(f'{path}: pictures need Pillow: pip install pillow') from None
+    optional('PIL', f'{path}: pictures need Pillow', 'pillow')
+    from PIL import Image, ImageOps
     try:
         with Image.open(path, formats=PILLOW_FORMATS) as picture:
             if picture.mode not in EIGHT_BIT:

@@ -41,7 +41,7 @@ import tensorflow as tf
 
 from cifar10_input import load_data
 from model import build_model, find_checkpoint
-from running import UserError
+from running import UserError, optional
 from running.files import replacing
 from running.results import check_writable, provenance, read_results
 from running.unfinished import checkpoint_digest, data_digest
@@ -203,11 +203,7 @@ def save(inference, num_classes, folder):
 
 def find_converter():
     """Returns tf2onnx. Raises UserError: it is not installed."""
-    try:
-        import tf2onnx
-    except ImportError:
-        raise UserError('--format onnx needs tf2onnx: pip install tf2onnx') from None
-    return tf2onnx
+    return optional('tf2onnx', '--format onnx needs tf2onnx')
 
 
 def save_onnx(inference, path):

@@ -131,8 +131,7 @@ class LinfPGDAttack:
 
     def project(self, x, x_nat):
         """Returns x [b, 32, 32, 3] clipped to the ball around x_nat and to [0, 255]."""
-        return tf.clip_by_value(x, tf.maximum(x_nat - self.epsilon, 0.),
-                                tf.minimum(x_nat + self.epsilon, 255.))
+        return project(x, x_nat, self.epsilon)
 
     # ---- beyond the original's file
 
@@ -153,6 +152,11 @@ class LinfPGDAttack:
         """Returns the logits that the attack goes through: by recorded norms, where given."""
         return (self.model(x, **self.norms) if recorded is None else
                 self.model(x, recorded=recorded))
+
+
+def project(x, x_nat, epsilon):
+    """Returns x [b, 32, 32, 3] clipped to the ball around x_nat and to [0, 255]."""
+    return tf.clip_by_value(x, tf.maximum(x_nat - epsilon, 0.), tf.minimum(x_nat + epsilon, 255.))
 
 
 def pgd_settings(config):

@@ -10,7 +10,7 @@ from config import BASE, SCHEMA, load_config
 import tensorflow as tf
 
 from attacks import ATTACKS, num_examples
-from running import UserError, brief
+from running import UserError, brief, optional
 from running.files import replacing
 from running.outputs import Curves
 from running.results import add_results, check_writable, provenance, read_results
@@ -326,10 +326,7 @@ def panels(images, x_adv):
 
 def pyplot():
     """Returns matplotlib's pyplot, which draws to files. Raises UserError: it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('--pictures needs matplotlib: pip install matplotlib') from None
+    matplotlib = optional('matplotlib', '--pictures needs matplotlib')
     matplotlib.use('Agg')
     from matplotlib import pyplot
     return pyplot

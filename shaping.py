@@ -98,7 +98,7 @@ class Inference:
 
     def known(self, query):
         """Returns the draw that answers a query."""
-        return lambda group, size: np.zeros(size)
+        return self.fresh(None)
 
     def other(self, queries, query):
         """Returns a draw for `query` that shares nothing with those that answer `queries`.
@@ -110,7 +110,11 @@ class Inference:
 
     def fresh(self, rng):
         """Returns a draw by the same rule, of random numbers of one's own."""
-        return self.known(None)
+        return lambda group, size: self._choose(rng, size)
+
+    def _choose(self, seed, size):
+        """Returns what a group draws, integers [size], by a seed or a generator: here nothing."""
+        return np.zeros(size)
 
     def drawn_for(self, drawn, chosen):
         """Returns drawn [draws, groups, size] for the chosen images of a part alone.
@@ -228,9 +232,6 @@ class ShapedInference(Inference):
             return rng.choice(others, size, replace=False)
         return draw
 
-    def fresh(self, rng):
-        return lambda group, size: self._choose(rng, size)
-
     def _choose(self, seed, size):
         return np.random.default_rng(seed).choice(self.num_images, size, replace=False)
 
@@ -306,9 +307,6 @@ class RecordedInference(Inference):
                 chosen.append(rng.choice(others))
             return np.array(chosen)
         return draw
-
-    def fresh(self, rng):
-        return lambda group, size: self._choose(rng, size)
 
     def _choose(self, seed, size):
         return np.random.default_rng(seed).integers(0, self.num_recordings, size, np.int32)

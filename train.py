@@ -120,7 +120,6 @@ def run_training(config, strategy, profile, download, as_program, at_end):
         # The adversary, in one graph with the weight update
         train_step = make_train_step(model, optimizer, config)
     natural_accuracy, attacked_images = make_report(model, config)
-    validation = Validation(model, data, config)
 
     # The newest intact checkpoint, if there is one
     at_end.enter_context(take_lock(f'{model_dir}/lock') if chief else contextlib.nullcontext())
@@ -132,6 +131,7 @@ def run_training(config, strategy, profile, download, as_program, at_end):
         prepare(config, start, strategy.num_replicas_in_sync)
     log, curves = Log(model_dir, chief), Curves(model_dir, chief)
     means = RunningMeans(AVERAGED, ('output', 'summary'), newest)
+    validation = Validation(model, data, config, newest)
     saver = make_saver(config, model, optimizer, means, validation, start, newest, chief, origin)
 
     # Main training loop
@@ -435,10 +435,10 @@ class Validation:
     adversarially robust deep learning").
 
     Args:
-        model, data, config: of the training.
+        model, data, config: of the training. prefix: the checkpoint to resume from, or None.
     """
 
-    def __init__(self, model, data, config):
+    def __init__(self, model, data, config, prefix=None):
         self.model, self.data, self.config = model, data.validation_data, config
         self.n = self.data.n
         self.attack = LinfPGDAttack.from_config(model, config, training=False)
@@ -446,6 +446,10 @@ class Validation:
         with tf.device('CPU'):  # how many are right, at which step; stored with the weights
             self.best = tf.Variable([-1., -1.], dtype=tf.float64)
         self.variables = {VALIDATION: self.best} if self.n else {}
+        stored = self.n and prefix and read_record(
+            prefix, tf.train.load_checkpoint(prefix), VALIDATION, tf.float64, 1)
+        if np.shape(stored) == (2,) and np.isfinite(stored).all():
+            self.best.assign(stored)
 
     @property
     def best_step(self):
@@ -472,13 +476,6 @@ class Validation:
             return tf.reduce_sum(tf.cast(tf.argmax(self.model(x, training=False), 1) == y,
                                          tf.int32))
         return strategy.experimental_local_results(strategy.run(count, (x,)))[0]
-
-    def restore(self, prefix):
-        """Takes over the best so far from a checkpoint of this training, or None."""
-        best = self.n and prefix and read_record(
-            prefix, tf.train.load_checkpoint(prefix), VALIDATION, tf.float64, 1)
-        if best is not None and np.shape(best) == (2,) and np.isfinite(best).all():
-            self.best.assign(best)
 
 
 def report_validation(line, step, chief):
@@ -692,7 +689,6 @@ def make_saver(config, model, optimizer, means, validation, start, newest, chief
     """
     variables = {**model.checkpoint_variables(optimizer), **means.variables,
                  **validation.variables}
-    validation.restore(newest)
     with tf.device('CPU'):
         variables |= {name: tf.Variable(value) for name, value in origin.items()}
     replicas = model.strategy.num_replicas_in_sync

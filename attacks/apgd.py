@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_input import eval_examples
-from pgd_attack import margin, random_bits
+from pgd_attack import margin, project, random_bits
 from shaping import MAX_GRADIENT_IMAGES, Inference, form_of, masked, queries_of
 
 MOMENTUM = 0.75        # the paper's alpha
@@ -156,12 +156,7 @@ class APGDAttack:
         """Returns where the attack starts: noise that reaches the ball's surface."""
         noise = tf.cast(random_bits(x_nat, seed), tf.float32)
         noise /= tf.reduce_max(tf.abs(noise), axis=[1, 2, 3], keepdims=True)
-        return self.project(x_nat + self.epsilon * noise, x_nat)
-
-    def project(self, x, x_nat):
-        """Returns x clipped to the ball around x_nat and to [0, 255]."""
-        return tf.clip_by_value(x, tf.maximum(x_nat - self.epsilon, 0.),
-                                tf.minimum(x_nat + self.epsilon, 255.))
+        return project(x_nat + self.epsilon * noise, x_nat, self.epsilon)
 
     def _perturb(self, x_nat, y, seed, drawn, start, active, loss_func, rank):
         is_check, since_last = tf.constant(self.is_check), tf.constant(self.since_last)
@@ -180,8 +175,9 @@ class APGDAttack:
         for step in tf.range(1, self.num_steps + 1):
             # The step, with momentum
             alpha = tf.where(step > 1, MOMENTUM, 1.)
-            z = self.project(x + per_sample(step_size) * tf.sign(gradient), x_nat)
-            x_next = self.project(x + alpha * (z - x) + (1 - alpha) * (x - x_before), x_nat)
+            z = project(x + per_sample(step_size) * tf.sign(gradient), x_nat, self.epsilon)
+            x_next = project(x + alpha * (z - x) + (1 - alpha) * (x - x_before), x_nat,
+                             self.epsilon)
             x_before, x, loss_before = x, masked(x_next, start, active), loss
             loss, share, gradient = self.evaluate(x, y, target, drawn[step % len(drawn)],
                                                   loss_func)

@@ -2,7 +2,7 @@
 import tensorflow as tf
 
 from cifar10_input import eval_examples
-from running import UserError
+from running import optional
 
 CLEVERHANS_CW = {'binary_search_steps': 5, 'num_steps': 1000, 'learning_rate': 5e-3,
                  'initial_const': 1e-2, 'confidence': 0, 'abort_early': True}
@@ -41,10 +41,7 @@ def minimum_norm_attack(name, model, images, labels):
     Raises:
         UserError: foolbox is not installed.
     """
-    try:
-        import foolbox
-    except ImportError:
-        raise UserError(f'the attack {name} needs foolbox: pip install foolbox') from None
+    foolbox = optional('foolbox', f'the attack {name} needs foolbox')
     settings = CLEVERHANS_CW if name == 'cw' else CLEVERHANS_DEEPFOOL
     foolbox_names = {'num_steps': 'steps', 'learning_rate': 'stepsize'}
     library = (foolbox.attacks.L2CarliniWagnerAttack if name == 'cw'

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_input import eval_examples
-from pgd_attack import margin, random_bits
+from pgd_attack import margin, project, random_bits
 from shaping import form_of
 
 P_INIT = 0.8  # the share of the image that the first squares cover; AutoAttack's
@@ -58,7 +58,7 @@ class SquareAttack:
             return (places >= corner[:, None]) & (places < corner[:, None] + side)
 
         # Vertical stripes
-        x = self.project(x_nat + self.epsilon * signs([b, 1, size, 3], seed), x_nat)
+        x = project(x_nat + self.epsilon * signs([b, 1, size, 3], seed), x_nat, self.epsilon)
         loss = margin(self.logits(x, drawn[0]), y)
         for query in tf.range(1, self.num_queries):
             # A square of one colour, for each image at its own place
@@ -69,18 +69,13 @@ class SquareAttack:
             square = inside(top, side)[:, :, None] & inside(left, side)[:, None, :]
             colour = signs([b, 1, 1, 3], tf.random.fold_in(of_query, 1, alg='philox'))
             x_new = tf.where(square[..., None], x + 2 * self.epsilon * colour, x)
-            x_new = self.project(x_new, x_nat)
+            x_new = project(x_new, x_nat, self.epsilon)
             # It stays where the margin is the lowest so far
             loss_new = margin(self.logits(x_new, drawn[query % len(drawn)]), y)
             better = loss_new < loss
             x = tf.where(better[:, None, None, None], x_new, x)
             loss = tf.where(better, loss_new, loss)
         return x
-
-    def project(self, x, x_nat):
-        """Returns x clipped to the ball around x_nat and to [0, 255]."""
-        return tf.clip_by_value(x, tf.maximum(x_nat - self.epsilon, 0.),
-                                tf.minimum(x_nat + self.epsilon, 255.))
 
 
 def square(inference, data, config, num_draws):

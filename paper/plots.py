@@ -8,7 +8,7 @@ from paper.cells import result_of
 from paper.published import (ADV_ONLY, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
                              PAPER_RATIOS, PAPER_TABLES, Training)
 from paper.trainings import name_of
-from running import UserError
+from running import optional
 from running.files import replacing
 
 COLOURS = ('tab:blue', 'tab:orange', 'tab:red')
@@ -20,10 +20,7 @@ def make_pyplot():
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('matplotlib is missing: pip install -r requirements.txt') from None
+    matplotlib = optional('matplotlib', 'matplotlib is missing', '-r requirements.txt')
     matplotlib.use('Agg')
     from matplotlib import pyplot
     return pyplot

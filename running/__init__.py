@@ -2,6 +2,7 @@
 
 The one-line error that every program ends with is here, as every room raises it.
 """
+import importlib
 import os
 
 # Before Keras and TensorFlow are imported:
@@ -14,6 +15,22 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 
 class UserError(ValueError):
     """A mistake of the user's, told in one line: what is wrong, and what was expected."""
+
+
+def optional(package, needs, install=None):
+    """Returns a package that is imported where it is used, and not installed everywhere.
+
+    Args:
+        package: its name. needs: the message's words, such as 'A needs B'. install: what pip is
+            given, where it is not the package's name.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f'{needs}: pip install {install or package}') from None
 
 
 def brief(error):

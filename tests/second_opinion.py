@@ -131,7 +131,8 @@ def main():
     data = load_data(config, flags.FLAGS.download)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
-    model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint))
+    model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint,
+                                                flags.FLAGS.select))
     classify = tf.function(lambda x: model(x, training=False))
     pn = make_inference(model, 'pn', data, config)
 

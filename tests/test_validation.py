@@ -128,7 +128,6 @@ def test_the_first_of_equals_is_best_and_natural_training_counts_natural_accurac
 def test_without_held_out_images_nothing_is_validated(small_model, small_config, data):
     validation = train.Validation(small_model, data, small_config())
     assert validation.n == 0 and validation.variables == {} and validation.best_step == -1
-    validation.restore(None)
 
 
 def test_eval_and_the_attack_take_the_best_on_request(held):
