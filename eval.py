@@ -36,6 +36,8 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
     flags.DEFINE_integer('num_draws', 1, 'Independent draws, of clean samples or of recordings, '
                          'under which bn_shaping and bn_recorded classify each example; the mean, '
                          'the spread and the share right under all of them are reported.')
+    flags.DEFINE_boolean('check', False, 'Run the direct attacks again on the first batch, with '
+                         'twice the steps, restarts and draws, and flag what leaves less.')
     flags.DEFINE_boolean('watch', False, 'Evaluate each checkpoint of a training as it comes, '
                          'until its last step.')
     flags.DEFINE_string('output', None, 'File to which the results are added. Default: '
@@ -49,6 +51,7 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
 import running.quiet  # noqa: F401
 import tensorflow as tf
 
+from attacks import doubts
 from cifar10_input import eval_examples, load_data
 from model import build_model, checkpoints, damage, find_checkpoint
 from pgd_attack import perturbation_fault
@@ -59,8 +62,10 @@ from running.unfinished import batches, checkpoint_digest, data_digest, path_of
 from running.untrusted import read_json
 from shaping import FORMS, form_of, make_inference, queries_of
 
-WORST_CASE = 'worst case'
-WORST_IN_BALL = 'worst in ball'
+WORST_IN_BALL = 'worst in ball'  # over the attacks that were run on all images
+WORST_DIRECT, WORST_TRANSFERRED = 'worst in ball, direct', 'worst in ball, transferred'
+WORST_OF_SLOW = 'worst in ball, slow too'  # over all attacks, on the images that all were run on
+WORST_CASE = 'worst case'  # the same, in the ball or not
 NUM_SAMPLES = 8  # the first examples of each attack, for pictures
 
 
@@ -69,6 +74,7 @@ class Request(NamedTuple):
     attacks: list
     modes: list
     num_draws: int = 1
+    check: bool = False  # whether attacks are run again with more steps, restarts and draws
 
 
 class Removed(UserError):
@@ -126,8 +132,9 @@ def evaluate_checkpoint(filename, model, data, config, request, outputs):
     print(f'Checkpoint {filename}, step {step}   ({datetime.now()})', flush=True)
 
     # Attack and classify, batch by batch
-    kept, samples = kept_files(outputs.unfinished, filename, of_data, config, *request), {}
-    results = evaluate(model, data, config, *request, kept, samples)
+    kept, samples = kept_files(
+        outputs.unfinished, filename, of_data, config, *request[:3]), {}
+    results = evaluate(model, data, config, *request[:3], kept, samples, request.check)
 
     # Print and write
     print_table(results, request.modes)
@@ -152,17 +159,21 @@ def plan_of(model_dir):
 # ---- the evaluation
 
 
-def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, samples=None):
-    """Returns a list of results, one for each attack and inference mode, then the worst cases.
+def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, samples=None,
+             check=False):
+    """Returns a list of results: the worst cases, then one for each attack and inference mode.
 
     A direct attack goes through the inference that judges it: it is made anew for each mode. All
-    others are made once, and judged by all.
+    others are made once, and judged by all. Each result says in `flags` what makes it doubtful, see
+    attacks/doubts.py.
 
     Args:
         model: a model.Model. data: a CIFAR10Data. config: the configuration.
         attacks, modes: keys of ATTACKS, and names in INFERENCE_MODES.
         num_draws: see evaluate_attack. kept: what kept_files returns, or None.
         samples: a dict, to which evaluate_attack adds.
+        check: run the direct attacks by gradients again, on the first batch, with more steps,
+            restarts and draws.
 
     Raises:
         RuntimeError: an adversarial batch left its ball or [0, 255]: a defect, nothing is counted.
@@ -175,17 +186,55 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
         attack = make_attack(name, model, data, config, num_draws, through)
         rounds.append((label, name, attack, chosen))
 
-    results, right, in_ball, settings = [], {}, {}, {mode: {} for mode in modes}
+    results, right, in_ball, settings = [], {}, {}, {}
     for label, name, attack, chosen in rounds:
         of_attack, of_judges, of_ball = evaluate_attack(
             name, attack, data, config, chosen, num_draws, kept and kept[label], samples, label)
         results += of_attack
         right.setdefault(name, {}).update(of_judges)
         in_ball.setdefault(name, {}).update(dict.fromkeys(chosen, of_ball))
-        for mode, _ in chosen:
-            settings[mode][name] = {k: v for k, v in attack[1].items() if k != 'library'}
-    return results + [{**r, 'attack_settings': settings[r['inference']]}
-                      for r in worst_cases(right, in_ball, config)]
+        settings.setdefault(name, {}).update(dict.fromkeys(chosen, attack[1]))
+
+    # What makes them doubtful
+    images, labels = eval_examples(data, config)
+    first = slice(0, config['eval_batch_size'])
+    probes = {judge[0]: doubts.Probe(inference, images[first], labels[first])
+              for judge, inference in judges.items()}
+    for result in results:
+        name, mode = result['attack'], result['inference']
+        of_mode = {a: of[judge] for a, of in right.items() for judge in of if judge[0] == mode}
+        result['flags'] = doubts.flags_of(result, probes[mode], of_mode)
+        if check and name in doubts.BY_GRADIENTS and doubts.is_direct(name, result, mode):
+            judge = next(judge for judge in judges if judge[0] == mode)
+            result['flags'] += check_attack(name, model, data, config, judge, judges[judge],
+                                            of_mode[name], num_draws)
+        result['unreliable'] = bool(doubts.UNRELIABLE & set(result['flags']))
+    return worst_cases(right, in_ball, settings, config) + results
+
+
+def check_attack(name, model, data, config, judge, inference, right, num_draws):
+    """Returns the flags of a direct attack that take it to be run again, on the first batch.
+
+    Args:
+        judge: (mode, inference shaping ratio or None). inference: what it is.
+        right: bool [draws, n], which examples of the attack are right.
+    """
+    n = min(config['eval_batch_size'], right.shape[1])
+    right = right[:, :n]
+
+    def again(changed):
+        changed = {**config, 'num_eval_examples': n, **changed}
+        attack = make_attack(name, model, data, changed, num_draws, inference)
+        return evaluate_attack(name, attack, data, changed, {judge: inference}, num_draws,
+                               label=f'{name} through {judge[0]}, checked')[1][judge]
+
+    found = [flag for flag, changed in doubts.doubled(name, config)
+             if doubts.fewer(again(changed), right)]
+    if name in doubts.LAST_ITERATE:  # the iterates of a run are the ends of shorter ones
+        fooled = [~again({'num_steps': steps})[0] for steps in range(1, config['num_steps'])]
+        if np.any(np.any(fooled, axis=0) & right[0]):
+            found.append('lost iterates')
+    return found
 
 
 def rounds_of(attacks, modes):
@@ -297,29 +346,52 @@ def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1)
         for label, name, judging in rounds_of(attacks, modes)}
 
 
-def worst_cases(right, in_ball, config):
-    """Returns the results of the worst cases, none where there is a single attack.
+def worst_cases(right, in_ball, settings, config):
+    """Returns the results of the worst cases: which test samples survive several attacks.
 
-    They are over the examples that all attacks were run on. 'worst case' counts the test samples
-    that survive every attack that was run; 'worst in ball' lets only those examples count that lie
-    within epsilon, so not FGSM's at 16 nor what C&W and DeepFool find farther off.
+    First over the attacks that were run on all images, and of these over the direct ones and over
+    the transferred ones, where there are both; then over all attacks, on the images that all were
+    run on. "In ball": only the examples within epsilon count, so not FGSM's at 16 nor what C&W and
+    DeepFool find farther off. None where there is a single attack.
 
     Args:
         right: {attack: {judge: bool [draws, n]}}, which are right. in_ball: {attack: {judge: bool
-            [n]}}, which of the examples that the judge saw lie within epsilon.
+            [n]}}, which of the examples that the judge saw lie within epsilon. settings: {attack:
+            {judge: what make_attack says of them}}.
     """
     if len(right) < 2:
         return []
-    n = min(len(v) for of_attack in in_ball.values() for v in of_attack.values())
+    sizes = {attack: min(map(len, of_attack.values())) for attack, of_attack in in_ball.items()}
+    most, fewest = max(sizes.values()), min(sizes.values())
+    on_all = [attack for attack, size in sizes.items() if size == most]
     results = []
-    for name in (WORST_CASE, WORST_IN_BALL):
-        settings = {'attacks': list(right)}
-        if name == WORST_IN_BALL:
-            settings['epsilon'] = config['epsilon']
+
+    def add(name, attacks_for, n, ball=True):
         for judge in next(iter(right.values())):
-            survive = [right[a][judge][:, :n] | (
-                False if name == WORST_CASE else ~in_ball[a][judge][:n]) for a in right]
-            results.append(cell(name, judge, np.all(survive, axis=0), config, settings))
+            attacks = attacks_for(judge)
+            if not attacks:
+                continue
+            survive = np.all([right[a][judge][:, :n] | (ball & ~in_ball[a][judge][:n])
+                              for a in attacks], axis=0)
+            results.append(cell(name, judge, survive, config, {
+                'attacks': attacks, **({'epsilon': config['epsilon']} if ball else {}),
+                'attack_settings': {a: {k: v for k, v in settings[a][judge].items()
+                                        if k != 'library'} for a in attacks}}))
+
+    def only(kind):  # with `clean`, which is neither: what is wrong already stays wrong
+        def attacks_for(judge):
+            kinds = {a: (doubts.is_direct(a, settings[a][judge], judge[0]),
+                         doubts.is_transferred(a, settings[a][judge], judge[0])) for a in on_all}
+            both = np.any([*kinds.values()], axis=0).all()
+            return [a for a, of_a in kinds.items() if of_a[kind] or not any(of_a)] if both else []
+        return attacks_for
+
+    add(WORST_IN_BALL, lambda judge: on_all, most)
+    add(WORST_DIRECT, only(0), most)
+    add(WORST_TRANSFERRED, only(1), most)
+    if fewest < most:
+        add(WORST_OF_SLOW, lambda judge: list(right), fewest)
+    add(WORST_CASE, lambda judge: list(right), fewest, ball=False)
     return results
 
 
@@ -334,8 +406,9 @@ def cell(name, judge, right, config, settings):
     accuracies = right.mean(axis=1)
     result = {'attack': name, 'inference': mode, 'accuracy': float(accuracies.mean()),
               'interval': [*wilson_interval(float(accuracies.mean()) * n, n)], 'num_examples': n,
-              **settings, 'eval_batch_size': min(config['eval_batch_size'], n),
-              **form_of(mode, config)}
+              'right': [as_digits(of_draw) for of_draw in right], **settings,
+              'eval_batch_size': min(config['eval_batch_size'], n),
+              **form_of(mode, config), 'number_forward_passes': (ratio or 0) + 1}
     if ratio is not None:
         result['inference_shaping_ratio'] = ratio
     if draws > 1:
@@ -345,6 +418,11 @@ def cell(name, judge, right, config, settings):
                    'accuracy_all_draws': in_all / n,
                    'interval_all_draws': [*wilson_interval(in_all, n)]}
     return result
+
+
+def as_digits(flags):
+    """Returns bool [n] as text, a digit each, as results keep which samples survived."""
+    return ''.join(map(str, flags.astype(int)))
 
 
 def wilson_interval(num_correct, n, z=1.959964):
@@ -379,13 +457,13 @@ def request_from_flags(config):
         if SCHEMA[key].attacks and not set(SCHEMA[key].attacks) & set(attacks):
             print(f'--set {key} has no effect: it is of the attack '
                   f'{" and ".join(SCHEMA[key].attacks)}', file=sys.stderr, flush=True)
-    return Request(attacks, modes, num_draws)
+    return Request(attacks, modes, num_draws, flags.FLAGS.check)
 
 
 def compare(paths):
     """Prints stored results side by side. Raises UserError: an option of evaluations is given."""
     for name in ('model_dir', 'checkpoint', 'select', 'config', 'set', 'attack', 'inference',
-                 'num_draws', 'watch', 'output', 'pictures'):
+                 'num_draws', 'check', 'watch', 'output', 'pictures'):
         if flags.FLAGS[name].present:
             raise UserError(f'--compare reads stored results and evaluates nothing; expected it '
                             f'without --{name}')

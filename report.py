@@ -10,6 +10,7 @@ from config import BASE, SCHEMA, load_config
 import tensorflow as tf
 
 from attacks import ATTACKS, num_examples
+from attacks.doubts import FLAGS
 from running import UserError, brief, optional
 from running.files import replacing
 from running.outputs import Curves
@@ -18,8 +19,9 @@ from running.unfinished import remove
 from shaping import INFERENCE_MODES
 
 # Of a row, what was found, and what says where it comes from. All else says how it was computed.
-FOUND = ('accuracy', 'interval', 'xent', 'seconds', 'num_fooled', 'median_l2', 'spread', 'range',
-         'accuracy_all_draws', 'interval_all_draws')
+FOUND = ('accuracy', 'interval', 'right', 'xent', 'seconds', 'num_fooled', 'median_l2', 'spread',
+         'range', 'accuracy_all_draws', 'interval_all_draws', 'flags', 'unreliable', 'gradients',
+         'queries', 'number_forward_passes')
 ORIGIN = ('checkpoint', 'step', 'library', 'provenance')
 DIFFERENCE_TIMES = 10  # in pictures
 
@@ -36,18 +38,20 @@ def identity(row):
 
 
 def print_table(results, modes):
-    """Prints accuracies in percent with their 95% Wilson intervals: attacks down, modes across."""
+    """Prints accuracies in percent with their 95% Wilson intervals: attacks down, modes across.
+
+    Behind an accuracy, t: transferred. Below, what else makes results doubtful.
+    """
     most = max(r['num_examples'] for r in results)
-    print(f'Accuracy in %, [95% Wilson interval], n = {most} test images where no other n is given')
-    print(f'{"attack":<22}' + ''.join(f'{mode:>24}' for mode in modes))
-    cells = {(r['attack'], r['inference']): r for r in results}
+    print(f'Accuracy in %, [95% Wilson interval], n = {most} test images where no other n is '
+          'given;\nt: transferred, made under other norms than those that judge')
+    print(f'{"attack":<34}' + ''.join(f'{mode:>24}' for mode in modes))
     notes = []
     for attack in dict.fromkeys(r['attack'] for r in results):
-        r = cells[attack, modes[0]]
-        row = marked(r, most)
-        for mode in modes:
-            row += f'{shown(cells[attack, mode]):>24}'
-        print(row, flush=True)
+        of_modes = {r['inference']: r for r in results if r['attack'] == attack}
+        r = next(iter(of_modes.values()))
+        print(marked(r, most) + ''.join(f'{in_table(of_modes.get(mode)):>24}' for mode in modes),
+              flush=True)
         if r.get('median_l2') is not None:
             notes.append(f'{attack}: median L2 of the {r["num_fooled"]} perturbations that fool '
                          f'population norms {r["median_l2"]:.4f}, pixels in [0, 1]')
@@ -62,12 +66,29 @@ def print_table(results, modes):
                   f'[{100 * low:5.2f}, {100 * high:5.2f}] {100 * r["accuracy_all_draws"]:8.2f}')
     for note in notes:
         print(note)
+    print_flags(results)
+
+
+def print_flags(results):
+    """Prints what makes results doubtful, a line each; what is transferred is in the table."""
+    for flag, meaning in FLAGS.items():
+        rows = [r for r in results if flag in r.get('flags', ())]
+        if not rows or flag == 'transferred':
+            continue
+        of = (dict.fromkeys(r['inference'] for r in rows) if flag == 'random answer' else
+              [f'{r["attack"]} under {r["inference"]}' for r in rows])
+        print(f'Flag, {flag}: {meaning}: {", ".join(of)}')
+
+
+def in_table(row):
+    """Returns a cell of the table, 24 characters or less; a dash where there is no result."""
+    return f'{shown(row)} {"t" if "transferred" in row.get("flags", ()) else " "}' if row else '- '
 
 
 def marked(row, most):
     """Returns the attack's name, with the number of examples if there are fewer than `most`."""
     n = row['num_examples']
-    return f'{row["attack"] + (f" (n = {n})" if n < most else ""):<22}'
+    return f'{row["attack"] + (f" (n = {n})" if n < most else ""):<34}'
 
 
 def shown(row):
@@ -248,8 +269,8 @@ class Outputs:
         checkpoint, step = origin['checkpoint'], origin['step']
         common = {**origin, **{key: config[key] for key in ('np_random_seed', 'precision')},
                   'provenance': provenance()}
-        add_results(self.path, {'checkpoint': checkpoint, 'step': step, 'config': config},
-                    [{**r, **common} for r in results], identity)
+        head = {'checkpoint': checkpoint, 'step': step, 'config': config, **described(config)}
+        add_results(self.path, head, [{**r, **common} for r in results], identity)
         remove(kept)
         print(f'Written to {self.path}', flush=True)
         own = os.path.realpath(os.path.dirname(checkpoint)) == os.path.realpath(self.model_dir)
@@ -260,6 +281,18 @@ class Outputs:
         if self.pictures:
             draw_pictures(self.pictures, samples, data, f'{checkpoint}, step {step}')
             print(f'Written to {self.pictures}', flush=True)
+
+
+def described(config):
+    """Returns what RobustBench's model_info/*.json say of a model, under their names.
+
+    That leaderboard takes deterministic models alone, as its attack must meet the same answer
+    twice: a defence that draws cannot enter it. Its 'clean_acc' is our row `clean`; it has no word
+    for a row under `adaptive`, as its 'autoattack_acc' is of AutoAttack's standard version.
+    """
+    return {'dataset': config['dataset'], 'additional_data': False,
+            'architecture': f'w{6 * config["num_residual_units"] + 2}-{config["width_factor"]}',
+            'eps': f'{config["epsilon"]:g}/255'}
 
 
 def write_summaries(results, samples, data, step, config, usual):

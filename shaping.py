@@ -137,6 +137,11 @@ class Inference:
         """Whether anything is drawn."""
         return self.mode in FORMS
 
+    @property
+    def number_forward_passes(self):
+        """How many images pass through the network for each query (RobustBench's name)."""
+        return 1
+
 
 class ShapedInference(Inference):
     """Classifies test samples by the batch norms of n:1 batches of clean and test samples (Eq. 6).
@@ -214,6 +219,10 @@ class ShapedInference(Inference):
 
     def group_size(self, num_images):
         return min(self.num_test, num_images)
+
+    @property
+    def number_forward_passes(self):
+        return self.ratio + 1
 
     def known(self, query):
         return lambda group, size: self._choose([self.seed, query, group], size)

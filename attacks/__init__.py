@@ -39,7 +39,8 @@ def make_attack(name, model, data, config, num_draws=1, inference=None):
 
     x_adv is float32 [end - start, 32, 32, 3]. `settings` says how the examples are made, for the
     results: epsilon, the radius of the ball that every example must lie in (None: there is no
-    ball), num_steps, step_size, norms and so on. The model is left as it is. start must be a
+    ball), num_steps, step_size, norms and so on; and what an example costs at most: 'gradients', in
+    images that pass forward and back, and 'queries'. The model is left as it is. start must be a
     multiple of eval_batch_size: the batches are those that will be classified.
 
     Args:

@@ -83,4 +83,5 @@ def _through(inference, data, config, num_draws, draws_for, num_draws_known):
 
     known = {'num_draws_known': num_draws_known} if inference.draws else {}
     return perturb, {**pgd_settings(config), 'norms': inference.mode, **known,
-                     **form_of(inference.mode, config)}
+                     **form_of(inference.mode, config), 'gradients': (
+                         config['num_steps'] * num_draws * inference.number_forward_passes)}

@@ -18,6 +18,7 @@ PROGRESS = 0.75        # rho: the share of steps since the last check that must 
 FIRST_CHECK = 0.22     # all three as shares of num_steps: p_1,
 CLOSER = 0.03          # by how much the checks' distance shrinks each time,
 CLOSEST = 0.06         # and the least that it becomes
+NUM_KEPT = 5           # iterates of apgd_eot that other draws judge
 
 
 def dlr_loss(logits, y):
@@ -82,14 +83,17 @@ class APGDAttack:
         loss_funcs: keys of LOSSES, any of which `perturb` may be asked for.
         epsilon: radius of the ball in pixels. num_steps: steps, one gradient more.
         any_size: one graph for batches of all sizes, which logits must allow.
+        num_kept: how many iterates are kept.
 
-    What is kept is the iterate that fewest draws answer rightly and, among equals, the one with the
+    What is kept are the iterates that fewest draws answer rightly and, among equals, those with the
     highest loss. (AutoAttack keeps one that its last draw misclassified: with random draws, luck.)
+    Where the draws are fresh at every step, the best by its own draws is the luckiest, too: keep
+    several, and judge them by other draws.
     """
 
-    def __init__(self, logits, loss_funcs, epsilon, num_steps, any_size=False):
+    def __init__(self, logits, loss_funcs, epsilon, num_steps, any_size=False, num_kept=1):
         self.logits, self.loss_funcs = logits, loss_funcs
-        self.epsilon, self.num_steps = epsilon, num_steps
+        self.epsilon, self.num_steps, self.num_kept = epsilon, num_steps, num_kept
         checks = checkpoints(num_steps)
         self.is_check = np.isin(np.arange(num_steps + 1), checks)
         self.since_last = np.zeros(num_steps + 1, np.float32)  # at a check: steps since the last
@@ -98,7 +102,7 @@ class APGDAttack:
         self._judge = tf.function(self._shares)
 
     def perturb(self, x_nat, y, seed, drawn, loss_func, start=None, active=None, rank=1):
-        """Returns (x_adv [b, 32, 32, 3], share [b] of the draws that answer it rightly).
+        """Returns num_kept examples of each image, float32 [num_kept, b, 32, 32, 3].
 
         Args:
             x_nat: [b, 32, 32, 3] in [0, 255]. y: labels [b]. seed: two ints, of the random start.
@@ -166,7 +170,8 @@ class APGDAttack:
                          lambda: y)
         x = x_before = masked(self.initialize(x_nat, seed), start, active)
         loss, share, gradient = self.evaluate(x, y, target, drawn[0], loss_func)
-        x_adv, adv_share, adv_loss = x, share, loss
+        kept = tf.repeat(x[None], self.num_kept, axis=0)
+        kept_share, kept_loss = (tf.repeat(v[None], self.num_kept, axis=0) for v in (share, loss))
         x_best, loss_best, gradient_best = x, loss, gradient
         step_size = tf.fill(tf.shape(y), tf.constant(2. * self.epsilon))
         increases = tf.zeros_like(loss)  # since the last check
@@ -182,10 +187,11 @@ class APGDAttack:
             loss, share, gradient = self.evaluate(x, y, target, drawn[step % len(drawn)],
                                                   loss_func)
 
-            stronger = (share < adv_share) | ((share == adv_share) & (loss > adv_loss))
-            x_adv = tf.where(per_sample(stronger), x, x_adv)
-            adv_share = tf.where(stronger, share, adv_share)
-            adv_loss = tf.where(stronger, loss, adv_loss)
+            # Those that are kept stand in order, the strongest first
+            weaker = (share < kept_share) | ((share == kept_share) & (loss > kept_loss))
+            kept = inserted(x, kept, weaker)
+            kept_share = inserted(share, kept_share, weaker)
+            kept_loss = inserted(loss, kept_loss, weaker)
             increases += tf.cast(loss > loss_before, tf.float32)
             better = loss > loss_best
             x_best = tf.where(per_sample(better), x, x_best)
@@ -203,7 +209,20 @@ class APGDAttack:
             loss_at_check = tf.where(is_check[step], loss_best, loss_at_check)
             halved_at_check = tf.where(is_check[step], stuck, halved_at_check)
             increases = tf.where(is_check[step], 0., increases)
-        return x_adv, adv_share
+        return kept
+
+
+def inserted(value, kept, weaker):
+    """Returns kept [k, b, ...] with value [b, ...] before the weaker ones, the last left out.
+
+    Args:
+        weaker: bool [k, b], which of the kept ones are weaker; the last of them, if any.
+    """
+    before = tf.concat([tf.zeros_like(weaker[:1]), weaker[:-1]], 0)
+    shifted = tf.concat([value[None], kept[:-1]], 0)
+    shape = tf.concat([tf.shape(weaker), tf.ones([tf.rank(kept) - 2], tf.int32)], 0)
+    before, weaker = (tf.reshape(flags, shape) for flags in (before, weaker))
+    return tf.where(weaker, tf.where(before, shifted, value), kept)
 
 
 def per_sample(values):
@@ -257,8 +276,10 @@ def adaptive(inference, data, config, num_draws):
         return tf.constant(np.concatenate(examples))
 
     known = {'num_draws_known': num_draws} if inference.draws else {}
+    gradients = len(runs) * (attack.num_steps + 1) * num_draws * inference.number_forward_passes
     return perturb, {**apgd_settings(data, config), 'num_restarts': config['num_restarts'],
-                     'norms': inference.mode, **known, **form_of(inference.mode, config)}
+                     'norms': inference.mode, **known, **form_of(inference.mode, config),
+                     'gradients': gradients}
 
 
 class Batch:
@@ -283,7 +304,7 @@ class Batch:
             return
         num_targets = int(self.inference.model.num_classes) - 1
         chosen = self.chosen(active)
-        x_adv, _ = attack.perturb(
+        x_adv, = attack.perturb(
             self.x_nat[chosen], self.labels[chosen], seed,
             self.inference.drawn_for(self.drawn, chosen)[None], loss_func, self.x_adv[chosen],
             active[chosen], (rank - 1) % num_targets + 1)
@@ -325,16 +346,16 @@ def apgd_eot(inference, data, config, num_draws):
     It averages loss and gradient over eot_draws draws, the attacker's own: he knows the training
     set and the protocol, the recordings if there are any, not the defender's seed. AutoAttack's
     `rand` version gives a sample up as beaten after one lucky draw (its pull requests 104 and 105):
-    here no sample is given up, and which example is stronger, that on cross-entropy or that on DLR,
-    is settled by eot_draws more draws, the same for both. Where several test samples share a batch,
-    each sample's best example met the others' examples of the same step, not their best ones;
-    shaping_batch_size = n + 1 leaves nothing to share. Where nothing is drawn, one gradient a step
-    is enough.
+    here no sample is given up. On cross-entropy and on DLR, the NUM_KEPT best iterates by the draws
+    of their steps are kept; which of them is the strongest is settled by eot_draws more draws, the
+    same for all. Where several test samples share a batch, each sample's best example met the
+    others' examples of the same step, not their best ones; shaping_batch_size = n + 1 leaves
+    nothing to share. Where nothing is drawn, one gradient a step is enough.
     """
     images, labels = eval_examples(data, config)
     loss_funcs = [f for f in loss_funcs_for(data.num_classes) if not f.startswith('targeted')]
     settings = {**apgd_settings(data, config), 'loss_func': '+'.join(loss_funcs)}
-    attack = make_apgd(inference, data, config)
+    attack = make_apgd(inference, data, config, NUM_KEPT if inference.draws else 1)
     eot_draws = {'eot_draws': config['eot_draws']} if inference.draws else {}
     steps, draws = (settings['num_steps'] + 1, *eot_draws.values()) if eot_draws else (1, 1)
 
@@ -344,18 +365,19 @@ def apgd_eot(inference, data, config, num_draws):
         examples = []
         for part in inference.parts(end - start, MAX_GRADIENT_IMAGES):
             a, b = start + part.start, start + part.end
-            of_losses = []
+            kept = []
             for i, loss_func in enumerate(loss_funcs):
                 drawn = fresh_draws(inference, part, rng, steps, draws)
                 seed = config['np_random_seed'], len(loss_funcs) * a + i
-                of_losses.append(attack.perturb(images[a:b], labels[a:b], seed, drawn,
-                                                loss_func)[0])
+                kept += [*attack.perturb(images[a:b], labels[a:b], seed, drawn, loss_func)]
             judging, = fresh_draws(inference, part, rng, 1, draws)
-            examples.append(strongest(of_losses, attack, labels[a:b], judging))
+            examples.append(strongest(kept, attack, labels[a:b], judging))
         return tf.constant(np.concatenate(examples))
 
+    gradients = (len(loss_funcs) * (attack.num_steps + 1) * draws
+                 * inference.number_forward_passes)
     return perturb, {**settings, 'norms': inference.mode, **eot_draws,
-                     **form_of(inference.mode, config)}
+                     **form_of(inference.mode, config), 'gradients': gradients}
 
 
 def fresh_draws(inference, part, rng, steps, draws):
@@ -377,10 +399,10 @@ def strongest(examples, attack, y, drawn):
     return np.choose(per_sample(first), [np.asarray(x) for x in examples])
 
 
-def make_apgd(inference, data, config):
+def make_apgd(inference, data, config, num_kept=1):
     """Returns the APGDAttack through an inference that a configuration describes."""
     return APGDAttack(inference.logits, loss_funcs_for(data.num_classes), config['epsilon'],
-                      config['apgd_num_steps'], any_size=inference.mode in ('pn', 'bn_recorded'))
+                      config['apgd_num_steps'], inference.mode in ('pn', 'bn_recorded'), num_kept)
 
 
 def apgd_settings(data, config):

@@ -31,4 +31,4 @@ def _with_population_norms(model, data, config, settings):
         seed = config['np_random_seed'], start
         return attack.perturb(images[start:end], labels[start:end], seed)
 
-    return perturb, {**settings, 'norms': 'pn'}
+    return perturb, {**settings, 'norms': 'pn', 'gradients': settings['num_steps']}

@@ -32,4 +32,5 @@ def random_search(model, data, config, num_draws):
         seed = tf.constant([config['np_random_seed'], RANDOM_DRAWS * start], tf.int32)
         return strongest(tf.cast(images[start:end], tf.float32), labels[start:end], seed)
 
-    return perturb, {'epsilon': epsilon, 'random_draws': RANDOM_DRAWS, 'norms': 'pn'}
+    return perturb, {'epsilon': epsilon, 'random_draws': RANDOM_DRAWS, 'norms': 'pn',
+                     'queries': RANDOM_DRAWS}

@@ -35,7 +35,8 @@ def shaping(model, data, config, num_draws):
             x_adv = tf.where(tail[:, None, None, None], perturbed, x_adv)
         return x_adv[:end - start]
 
-    return perturb, {**pgd_settings(config), 'norms': 'bn', 'shaping_ratio': shares - 1}
+    return perturb, {**pgd_settings(config), 'norms': 'bn', 'shaping_ratio': shares - 1,
+                     'gradients': shares * config['num_steps']}
 
 
 def check_batch(config):

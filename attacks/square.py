@@ -99,4 +99,5 @@ def square(inference, data, config, num_draws):
         return tf.concat(examples, axis=0)
 
     return perturb, {'epsilon': config['epsilon'], 'square_queries': queries,
-                     'norms': inference.mode, **form_of(inference.mode, config)}
+                     'norms': inference.mode, **form_of(inference.mode, config),
+                     'queries': queries}

@@ -8,13 +8,17 @@ import numpy as np
 
 from config import relevant
 from attacks import DIRECT, make_attack, num_examples
-from eval import evaluate_attack, make_judges
+from eval import as_digits, evaluate_attack, make_judges
 from paper.population_norms import NUM_BATCHES, set_population_norms
 from paper.published import INFERENCES
 from running import UserError
 from running.files import replacing
+from running.results import provenance
 from running.unfinished import checkpoint_digest, path_of, remove
 from running.untrusted import read_json
+
+
+JUDGES = (*INFERENCES, 'bn_recorded')  # the paper's inference modes and ours
 
 
 class Evaluations:
@@ -59,14 +63,15 @@ class Evaluations:
         print(f'Computing {self.name}: {what}', flush=True)
         unfinished = path_of(os.path.join(self.folder, 'unfinished'), f'{self.name}-{what}',
                              identity)
-        evaluation = {'identity': json.loads(identity), **compute(unfinished)}
+        evaluation = {'identity': json.loads(identity), 'provenance': provenance(),
+                      **compute(unfinished)}
         os.makedirs(self.folder, exist_ok=True)
         with replacing(path) as f:
             json.dump(evaluation, f)
         remove([unfinished])
         return evaluation
 
-    def attack(self, name, inferences=INFERENCES, ratios=None, norms='trained', **settings):
+    def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', **settings):
         """Returns the evaluation under one attack: 'results', as eval.py has them, and 'right'.
 
         A direct attack is made anew, and kept, for each of several inference modes.
@@ -100,7 +105,7 @@ class Evaluations:
             attack = make_attack(name, model, data, config, 1, next(iter(judges.values())))
             results, right, in_ball = evaluate_attack(
                 name, attack, data, config, judges, 1, unfinished)
-            return {'results': results, 'right': [as_digits(right[judge][0]) for judge in judges],
+            return {'results': results, 'right': [result.pop('right')[0] for result in results],
                     'in_ball': as_digits(in_ball)}
 
         return self.get(what, identity, compute)
@@ -134,17 +139,20 @@ class StoredEvaluations(Evaluations):
             of_training, what, *_, identity = evaluation['identity']
             self.kept[json.dumps([of_training, what, identity], sort_keys=True)] = evaluation
 
-    def attack(self, name, inferences=INFERENCES, ratios=None, norms='trained', **settings):
+    def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', **settings):
         """Returns the evaluation under one attack that is kept.
 
-        Older folders hold direct attacks made once, through bn_shaping, and judged by all modes:
-        their results say which norms they went through.
+        Older folders hold no results under bn_recorded, and direct attacks made once, through
+        bn_shaping, and judged by all modes: their results say which norms they went through.
         """
         try:
             return super().attack(name, inferences, ratios, norms, **settings)
         except UserError:
-            if name not in DIRECT:
+            if name not in DIRECT and inferences != JUDGES:
                 raise
+        try:
+            return super().attack(name, INFERENCES, ratios, norms, **settings)
+        except UserError:
             return self.judged(name, INFERENCES, ratios, norms, **settings)
 
     def has(self, name):
@@ -190,11 +198,6 @@ def _place(evaluation, inference, ratio):
                 None, result.get('inference_shaping_ratio')):
             return i
     raise KeyError((inference, ratio))
-
-
-def as_digits(flags):
-    """Returns bool [n] as text, a digit each, as they are kept."""
-    return ''.join(map(str, flags.astype(int)))
 
 
 def from_digits(digits):

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from attacks import DIRECT
 from attacks.shaping import check_batch
-from eval import WORST_IN_BALL, worst_cases
+from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
+                  worst_cases)
 from paper import checks, claims, experiments, formats, plots
-from paper.cells import from_digits, result_of, right_of
+from paper.cells import JUDGES, from_digits, result_of, right_of
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
 from paper.published import (ADV_ONLY, CLAIMS, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
@@ -16,9 +17,11 @@ from paper.trainings import config_of, name_of
 from running import UserError
 from shaping import num_clean
 
-OWN_ATTACKS = ('apgd', 'adaptive', 'adaptive_pgd', 'apgd_eot')  # beyond those of Tables I and II
+# Beyond those of Tables I and II
+OWN_ATTACKS = ('apgd', 'adaptive', 'adaptive_pgd', 'apgd_eot', 'square')
 # What to believe comes first
-FIRST_ROWS = ('clean', WORST_IN_BALL, 'adaptive', 'apgd_eot', 'adaptive_pgd', 'apgd')
+FIRST_ROWS = ('clean', WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW, WORST_CASE,
+              'adaptive', 'apgd_eot', 'square', 'adaptive_pgd', 'apgd')
 SEEDS = (0, 1)
 SEED_ATTACKS = GAP_ATTACKS = ('clean', 'pgd', 'adaptive_pgd')
 NORMS_EXAMPLES = 1000  # enough to tell one rule from another
@@ -45,9 +48,9 @@ class Table(NamedTuple):
 
 
 def main_rows(adversary, config, evaluations):
-    """Returns Table I (pgd) or II (trades): the strongest attacks, then the rest.
+    """Returns Table I (pgd) or II (trades): the worst cases, the strongest attacks, then the rest.
 
-    The worst cases are over the paper's attacks and ours, on the examples that all were run on.
+    The worst cases are over the paper's attacks and ours.
     """
     rows = []
     for mode, label in MODES.items():
@@ -59,22 +62,30 @@ def main_rows(adversary, config, evaluations):
         made = {r['attack'] for r in results}
         for attack in dict.fromkeys([*(a for a in FIRST_ROWS if a in made),
                                      *(r['attack'] for r in results)]):
-            by_inference = [r for r in results if r['attack'] == attack]
-            row = [label, row_label(by_inference[0], config['num_eval_examples'])]
+            found = {r['inference']: r for r in results if r['attack'] == attack}
+            row = [label, row_label(next(iter(found.values())), config['num_eval_examples'])]
             paper = PAPER_TABLES[adversary][mode].get(attack)
-            for i, result in enumerate(by_inference):
-                row += [formats.accuracy(result), formats.percent(paper[i]) if paper else '']
+            for i, inference in enumerate(JUDGES):
+                row.append(formats.accuracy(found[inference]) if inference in found else '')
+                if inference in INFERENCES:
+                    row.append(formats.percent(paper[i]) if paper else '')
             rows.append(row)
     return rows
 
 
 def worst_cases_of(by_attack, config):
     """Returns the results of the worst cases over {attack: evaluation}, as eval.py has them."""
-    right = {attack: {(inference, None): right_of(evaluation, inference)[None]
-                      for inference in INFERENCES} for attack, evaluation in by_attack.items()}
-    in_ball = {attack: dict.fromkeys(right[attack], from_digits(evaluation['in_ball']))
-               for attack, evaluation in by_attack.items()}
-    return worst_cases(right, in_ball, config)
+    judges = [judge for judge in JUDGES if all(
+        judge in [r['inference'] for r in evaluation['results']]
+        for evaluation in by_attack.values())]
+
+    def of_each(value):
+        return {attack: {(judge, None): value(evaluation, judge) for judge in judges}
+                for attack, evaluation in by_attack.items()}
+
+    return worst_cases(of_each(lambda evaluation, judge: right_of(evaluation, judge)[None]),
+                       of_each(lambda evaluation, _: from_digits(evaluation['in_ball'])),
+                       of_each(result_of), config)
 
 
 def row_label(result, n):
@@ -176,7 +187,7 @@ def judging(attack):
 
     A direct attack's others are not made; what is made once is judged as Tables I and II ask for.
     """
-    return ('pn', 'bn_shaping') if attack in DIRECT else INFERENCES
+    return ('pn', 'bn_shaping') if attack in DIRECT else JUDGES
 
 
 def pn_and_shaping(evaluation, n):
@@ -224,11 +235,11 @@ def check_shaping_attack(config, data):
 # ---- the list
 
 FIRST = 'the first {n} test images'
-ACCURACY = f'{FIRST}; accuracy in %, [95% Wilson intervals]'
+ACCURACY = f'{FIRST}; accuracy in %, [95% Wilson intervals]; t: transferred'
 DIFFERENCES = '; differences in points, [95% intervals of pairs of the same samples]'
 FIRST_TRAINING = 'the first {n} training images, in whole batches'
 MAIN_HEADER = ['training', 'attack', *(column for inference in INFERENCES
-                                       for column in (f'`{inference}`', 'paper'))]
+                                       for column in (f'`{inference}`', 'paper')), '`bn_recorded`']
 
 TABLES = {
     'table1': Table(

@@ -1,4 +1,6 @@
-"""The evaluation: intervals, attacks, what is verified before it is counted."""
+"""The evaluation: intervals, attacks, what is verified before it is counted, what is flagged."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,9 +9,13 @@ from pgd_attack import perturbation_fault
 from attacks import ATTACKS, DIRECT, make_attack
 from running import UserError
 from config import choice
-from eval import evaluate, wilson_interval
+from attacks import doubts
+from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
+                  check_attack, evaluate, make_judges, wilson_interval)
 from paper.intervals import paired_difference
-from shaping import INFERENCE_MODES
+from shaping import FORMS, INFERENCE_MODES, Inference
+
+WORST = [WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW, WORST_CASE]
 
 
 @pytest.mark.parametrize('correct, n, low, high', [
@@ -86,13 +92,17 @@ def test_results_hold_every_cell_and_the_stated_fields(small_model, small_config
     before = [v.numpy().copy() for v in small_model.variables]
     attacks = [name for name in ATTACKS if name != 'cw']
     results = evaluate(small_model, data, config, attacks, INFERENCE_MODES)
-    assert [(r['attack'], r['inference']) for r in results] == [
-        (a, m) for a in [*attacks, 'worst case', 'worst in ball'] for m in INFERENCE_MODES]
     cells = {(r['attack'], r['inference']): r for r in results}
+    # Of the attacks on all images, the direct ones are PGD and the like, under `pn`
+    rows = [*WORST, *attacks]
+    assert list(cells) == [(a, m) for a in rows for m in INFERENCE_MODES
+                           if m == 'pn' or a not in WORST[1:3]]
     for r in results:
-        on_few = r['attack'] in (*few, 'worst case', 'worst in ball')
+        on_few = r['attack'] in (*few, *WORST[3:])
         assert r['num_examples'] == (20 if on_few else 50)
         assert r['interval'][0] <= r['accuracy'] <= r['interval'][1]
+        assert [of_draw.count('1') / len(of_draw) for of_draw in r['right']] == [r['accuracy']]
+        assert r['number_forward_passes'] == (10 if r['inference'] == 'bn_shaping' else 1)
     assert cells['pgd', 'pn']['epsilon'] == 8 and cells['pgd', 'pn']['norms'] == 'pn'
     assert cells['deepfool', 'bn']['num_fooled'] > 0 and cells['deepfool', 'bn']['median_l2'] > 0
     assert cells['adaptive', 'bn_shaping']['shaping_batch_size'] == 100
@@ -100,8 +110,16 @@ def test_results_hold_every_cell_and_the_stated_fields(small_model, small_config
     for mode in INFERENCE_MODES:  # each is judged by the norms that it goes through
         for attack in DIRECT:
             assert cells[attack, mode]['norms'] == mode
-        settings = cells['worst in ball', mode]['attack_settings']
+        settings = cells['worst in ball, slow too', mode]['attack_settings']
         assert settings['adaptive']['norms'] == mode and settings['pgd']['norms'] == 'pn'
+        for attack in attacks:
+            expected = attack not in (*DIRECT, 'clean') and (mode != 'pn' or attack == 'shaping')
+            assert ('transferred' in cells[attack, mode]['flags']) == expected
+        assert ('random answer' in cells['clean', mode]['flags']) == (mode in FORMS)
+    # What an example costs: image gradients, or queries
+    assert cells['pgd', 'bn']['gradients'] == 2 and cells['square', 'bn']['queries'] == 3
+    assert cells['adaptive_pgd', 'bn_shaping']['gradients'] == 20
+    assert cells['adaptive', 'bn_recorded']['gradients'] == 3 * 3
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
 
 
@@ -125,7 +143,7 @@ def judged(monkeypatch, data, small_config):
                 x_adv[:, 0, 0, 1] = names.index(name)
                 x_adv[:, 0, 0, 2] = np.arange(start, end)
                 return x_adv
-            return attack, {'epsilon': None}
+            return attack, {'epsilon': None, **({} if name == 'clean' else {'norms': 'pn'})}
         def make_inference(model, mode, data, config):
             def classify(x, query):
                 name, draw = names[int(x[0, 0, 0, 1])], query // 10 ** 6
@@ -136,6 +154,8 @@ def judged(monkeypatch, data, small_config):
             return classify
         monkeypatch.setattr(eval, 'make_attack', make_attack)
         monkeypatch.setattr(eval, 'make_inference', make_inference)
+        monkeypatch.setattr(doubts, 'Probe', lambda *args: SimpleNamespace(
+            random_answers=0., zero_gradients=0.))
         data.eval_data.xs[:] = 100
         data.eval_data.xs[:, 0, 0, 1:] = np.stack([np.zeros(60), np.arange(60)], 1)
         results = evaluate(None, data, config, names, ['pn', 'bn_shaping'], num_draws)
@@ -157,8 +177,66 @@ def test_attacks_run_on_fewer_examples_bound_the_worst_case(judged):
                    num_attack_examples={'cw': 3})
     assert cells['cw', 'pn']['num_examples'] == 3
     assert cells['cw', 'pn']['accuracy'] == pytest.approx(2 / 3)
+    assert cells['worst in ball', 'pn']['num_examples'] == 6  # of those on all images
+    assert cells['worst in ball', 'pn']['accuracy'] == pytest.approx(2 / 6)
+    assert cells['worst in ball, slow too', 'pn']['accuracy'] == pytest.approx(1 / 3)
     assert cells['worst case', 'pn']['num_examples'] == 3
     assert cells['worst case', 'pn']['accuracy'] == pytest.approx(1 / 3)
+
+
+def test_the_worst_cases_of_direct_and_of_transferred_attacks(judged):
+    """Under `pn` PGD is direct and `shaping` is not; under `bn_shaping` neither is: no such row."""
+    cells = judged({('clean', 0): [[1, 1, 1, 1, 1, 0]], ('pgd', 5): [[0, 1, 1, 1, 1, 1]],
+                    ('shaping', 5): [[1, 1, 1, 0, 0, 1]]})
+    of = {name: cells[name, 'pn']['attacks'] for name in WORST if (name, 'pn') in cells}
+    assert of == {WORST_IN_BALL: ['clean', 'pgd', 'shaping'], WORST_DIRECT: ['clean', 'pgd'],
+                  WORST_TRANSFERRED: ['clean', 'shaping'],
+                  WORST_CASE: ['clean', 'pgd', 'shaping']}
+    assert cells[WORST_DIRECT, 'pn']['accuracy'] == pytest.approx(4 / 6)
+    assert cells[WORST_TRANSFERRED, 'pn']['accuracy'] == pytest.approx(3 / 6)
+    assert (WORST_DIRECT, 'bn_shaping') not in cells
+    assert cells['pgd', 'bn_shaping']['unreliable'] and not cells['pgd', 'pn']['unreliable']
+
+
+def test_fewer_right_answers_are_told_from_chance():
+    a = np.arange(100) < 50
+    assert doubts.fewer(np.arange(100) < 45, a) and not doubts.fewer(np.arange(100) < 46, a)
+    assert not doubts.fewer(np.roll(a, 30), a) and not doubts.fewer(a, a)
+
+
+def test_masked_gradients_are_flagged(small_model, data, small_config):
+    """Logits that come through a step function have no gradient; scores still lead the way."""
+    config = small_config(num_eval_examples=20, square_queries=200)
+    class Masked(Inference):
+        def logits(self, images, drawn):
+            return tf.stop_gradient(super().logits(images, drawn)) + 0 * tf.reduce_sum(images)
+    inference = Masked(small_model, 'pn')
+    images, labels = data.eval_data.xs[:20], np.argmax(inference(data.eval_data.xs[:20], 0), 1)
+    data.eval_data.ys[:20] = labels
+    right = {}
+    for name in ('adaptive_pgd', 'square'):
+        attack, _ = make_attack(name, small_model, data, {**config, 'epsilon': 32.}, 1, inference)
+        right[name] = (np.argmax(inference(attack(0, 20), 0), 1) == labels)[None]
+    row = {'attack': 'adaptive_pgd', 'inference': 'pn', 'norms': 'pn'}
+    probe = doubts.Probe(inference, images, labels)
+    assert doubts.flags_of(row, probe, right) == ['zero gradients', 'masked gradients']
+    probe = doubts.Probe(Inference(small_model, 'pn'), images, labels)
+    assert (probe.zero_gradients, probe.random_answers) == (0, 0)
+
+
+def test_an_attack_that_has_not_converged_is_flagged(small_model, data, small_config):
+    """PGD from the image by steps of a 40th of the ball: two are too few, forty are not."""
+    config = small_config(num_eval_examples=40, eval_batch_size=40, step_size=0.4, epsilon=16.,
+                          random_start=False)
+    data.eval_data.ys[:] = np.argmax(small_model(data.eval_data.xs, training=False), 1)
+    judge, inference = next(iter(make_judges(small_model, data, config, ['pn']).items()))
+    def flags(**settings):
+        of_run = {**config, **settings}
+        attack, _ = make_attack('pgd', small_model, data, of_run)
+        right = np.argmax(inference(attack(0, 40), 0), 1) == data.eval_data.ys[:40]
+        return check_attack('pgd', small_model, data, of_run, judge, inference, right[None], 1)
+    assert flags(num_steps=1) == ['more steps']
+    assert 'more steps' not in flags(num_steps=8, step_size=4.)
 
 
 def test_draws_give_mean_spread_and_what_is_right_under_all(judged):

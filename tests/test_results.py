@@ -271,7 +271,7 @@ def test_a_number_on_fewer_examples_is_marked(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     table, = (i for i, line in enumerate(lines) if line.startswith('Accuracy'))
     assert lines[table] == ('Accuracy in %, [95% Wilson interval], n = 50 test images where no '
-                            'other n is given')
+                            'other n is given;')
     for name, n in (('clean', None), ('pgd', 20), ('worst case', 20)):
         rows = [line for line in lines if line.startswith(f'{name} ')]
         assert len(rows) == 2 and all((f'(n = {n})' in row) == bool(n) for row in rows)

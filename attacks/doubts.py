@@ -1,0 +1,123 @@
+"""What makes a robust accuracy doubtful: the flags that results carry.
+
+They follow AutoAttack's checks (Croce and Hein 2020) and the indicators of Pintor et al. 2022,
+"Indicators of attack failure". A flag is no proof of a fault, and no flag is no proof of strength.
+"""
+from math import comb
+
+import numpy as np
+import tensorflow as tf
+
+from config import SCHEMA
+from pgd_attack import margin
+
+INDIRECT = ('shaping', 'transfer')  # their batches, or weights, are others than those that judge
+BY_GRADIENTS = ('adaptive', 'adaptive_pgd', 'apgd', 'apgd_eot', 'pgd')
+LEVEL = 0.05  # of the one-sided test by which one attack leaves less than another
+
+# A flag: what it says of a row
+FLAGS = {
+    'transferred': 'made under other norms than those that judge',
+    'random answer': 'another draw gives other logits',
+    'zero gradients': 'the gradient vanishes on some images',
+    'masked gradients': 'square leaves less than an attack by gradients',
+    'more steps': 'twice the steps leave less',
+    'more restarts': 'twice the runs leave less',
+    'more draws': 'twice the draws leave less',
+    'lost iterates': 'some images were answered wrongly at a step, but not at the last one',
+}
+# With one of these, an accuracy is no robust accuracy ('unreliable' in RobustBench's words)
+UNRELIABLE = set(FLAGS) - {'random answer'}
+# What --check looks for: the keys of which it takes twice the value, where the attack has them
+DOUBLED = {'more steps': ('num_steps', 'apgd_num_steps'), 'more restarts': ('num_restarts',),
+           'more draws': ('eot_draws',)}
+LAST_ITERATE = ('pgd', 'adaptive_pgd')  # they return it, whatever they met on the way
+
+
+def is_direct(name, settings, mode):
+    """Whether an attack's examples went through the norms of the mode that judges them.
+
+    Args:
+        settings: of its result; 'norms' are those that it went through. `clean` goes through none.
+    """
+    return settings.get('norms') == mode and name not in INDIRECT
+
+
+def is_transferred(name, settings, mode):
+    """Whether an attack's examples went through other norms than those of the mode that judges."""
+    return 'norms' in settings and not is_direct(name, settings, mode)
+
+
+class Probe:
+    """What an inference mode is like to attack, on some clean images.
+
+    Attributes:
+        random_answers: share of the images to which two draws give other logits.
+        zero_gradients: share of the images at which the gradient of the margin is zero in every
+            pixel, under a draw that is known.
+
+    Args:
+        inference: a shaping.Inference. images: [b, 32, 32, 3], pixels in [0, 255]. labels: [b].
+    """
+
+    def __init__(self, inference, images, labels):
+        x = tf.cast(images, tf.float32)
+        logits = [inference(x, query).numpy() for query in (0, 1)]
+        self.random_answers = float(np.mean(np.any(logits[0] != logits[1], axis=1)))
+        part, draw = inference.parts(len(images))[0], inference.known(0)
+        x, labels = x[:part.end], labels[:part.end]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(margin(inference.logits(x, inference.drawn(part, draw)), labels))
+        gradient = tape.gradient(loss, x)
+        self.zero_gradients = float(np.mean(~np.any(gradient != 0, axis=(1, 2, 3))))
+
+
+def fewer(strong, weak, level=LEVEL):
+    """Whether one attack leaves fewer images right than another, by more than chance explains.
+
+    The exact one-sided McNemar test: of the images that one of them alone leaves right, as many
+    should be either's.
+
+    Args:
+        strong, weak: bool [n] or [draws, n], which of the same images are right. Of several draws,
+            the first counts.
+    """
+    strong, weak = (np.atleast_2d(right)[0] for right in (strong, weak))
+    lost, gained = int(np.sum(weak & ~strong)), int(np.sum(strong & ~weak))
+    n = lost + gained
+    return n > 0 and sum(comb(n, k) for k in range(lost, n + 1)) <= level * 2 ** n
+
+
+def flags_of(result, probe, right):
+    """Returns the flags of a result that cost next to nothing, a list of keys of FLAGS.
+
+    Args:
+        result: as eval.evaluate_attack returns it. probe: the Probe of its inference mode.
+        right: {attack: bool [draws, n]} under this mode, of all attacks that were run.
+    """
+    name, mode, flags = result['attack'], result['inference'], []
+    if is_transferred(name, result, mode):
+        flags.append('transferred')
+    if probe.random_answers:
+        flags.append('random answer')
+    if name in BY_GRADIENTS and is_direct(name, result, mode):
+        if probe.zero_gradients:
+            flags.append('zero gradients')
+        if 'square' in right:
+            n = min(right['square'].shape[1], right[name].shape[1])
+            if fewer(right['square'][:, :n], right[name][:, :n]):
+                flags.append('masked gradients')
+    return flags
+
+
+def doubled(name, config):
+    """Yields (flag, changed keys) of each way in which an attack can be given twice as much.
+
+    PGD's steps are its own; those of the configuration are a training's, too.
+    """
+    for flag, keys in DOUBLED.items():
+        changed = {key: 2 * config[key] for key in keys
+                   if name in (*SCHEMA[key].attacks, *(LAST_ITERATE if key == 'num_steps' else ()))}
+        if changed:
+            yield flag, changed
