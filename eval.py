@@ -220,21 +220,37 @@ def check_attack(name, model, data, config, judge, inference, right, num_draws):
         right: bool [draws, n], which examples of the attack are right.
     """
     n = min(config['eval_batch_size'], right.shape[1])
-    right = right[:, :n]
+    few, right = {**config, 'num_eval_examples': n}, right[:, :n]
 
     def again(changed):
-        changed = {**config, 'num_eval_examples': n, **changed}
-        attack = make_attack(name, model, data, changed, num_draws, inference)
-        return evaluate_attack(name, attack, data, changed, {judge: inference}, num_draws,
-                               label=f'{name} through {judge[0]}, checked')[1][judge]
+        return run_direct(name, model, data, {**few, **changed}, judge, inference, num_draws)
 
     found = [flag for flag, changed in doubts.doubled(name, config)
              if doubts.fewer(again(changed), right)]
-    if name in doubts.LAST_ITERATE:  # the iterates of a run are the ends of shorter ones
-        fooled = [~again({'num_steps': steps})[0] for steps in range(1, config['num_steps'])]
-        if np.any(np.any(fooled, axis=0) & right[0]):
-            found.append('lost iterates')
+    if name in doubts.LAST_ITERATE and np.any(lost_iterates(again, right, config)):
+        found.append('lost iterates')
     return found
+
+
+def run_direct(name, model, data, config, judge, inference, num_draws=1):
+    """Returns which examples of a direct attack are right, bool [draws, n]."""
+    attack = make_attack(name, model, data, config, num_draws, inference)
+    return evaluate_attack(name, attack, data, config, {judge: inference}, num_draws,
+                           label=f'{name} through {judge[0]}, checked')[1][judge]
+
+
+def lost_iterates(again, right, config):
+    """Returns which images PGD had fooled at some step, but not at the last one, bool [n].
+
+    Args:
+        again: f(changed keys of the configuration) -> bool [draws, n], which are right then. The
+            ends of shorter runs are the iterates of the whole one.
+        right: bool [draws, n], after the whole run. Of several draws, the first counts.
+    """
+    fooled = np.zeros_like(right[0])
+    for steps in range(1, config['num_steps']):
+        fooled |= ~again({'num_steps': steps})[0]
+    return fooled & right[0]
 
 
 def rounds_of(attacks, modes):

@@ -114,6 +114,13 @@ class Evaluations:
         """Whether there is an evaluation under an attack, or it can be made."""
         return True
 
+    def if_kept(self, get, *args, **settings):
+        """Returns get(*args, **settings), a method of this object, or None where nothing is kept.
+
+        Here whatever is missing is computed.
+        """
+        return get(*args, **settings)
+
     def experiment(self, measure, identity, summarize):
         """Returns the evaluation by an in-text experiment.
 
@@ -157,6 +164,12 @@ class StoredEvaluations(Evaluations):
 
     def has(self, name):
         return any(json.loads(key)[1] == name for key in self.kept)
+
+    def if_kept(self, get, *args, **settings):
+        try:
+            return get(*args, **settings)
+        except UserError:  # an older folder, say
+            return None
 
     def get(self, what, identity, compute):
         """Returns the evaluation `what` that is kept, of whatever weights and images.

@@ -2,19 +2,28 @@
 import itertools
 from typing import NamedTuple
 
+import numpy as np
+
 from attacks import DIRECT
+from attacks.doubts import Probe, doubled
 from attacks.random_search import RANDOM_DRAWS
+from cifar10_input import eval_examples
+from config import relevant
+from eval import lost_iterates, make_judges, run_direct
 from paper import formats
-from paper.cells import result_of, right_of
+from paper.cells import JUDGES, result_of, right_of
 from paper.intervals import paired_difference
 from paper.published import ADV_ONLY, MODES, NORM_SHAPING, PAPER_TABLES, Training
 from paper.trainings import name_of
+from shaping import FORMS
 
 SWEPT = tuple(Training('pgd', mode) for mode in (ADV_ONLY, NORM_SHAPING))
 CHECKED = tuple(Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES)
 SWEEPS = {'num_steps': (1, 2, 5, 10, 20, 50, 100),
           'epsilon': (0, 1, 2, 4, 8, 16, 32, 64)}
 MAX_EXAMPLES = 500  # the sweeps are a check of the attacks, not a result
+FEW_EXAMPLES = 50   # of what is run again with twice the steps, restarts and draws
+EPSILONS = SWEEPS['epsilon'][1:]
 
 SWEEPS_HEADER = ['training', 'pgd with', 'under `pn`', 'under `bn_shaping`',
                  'adaptive_pgd, under `bn_shaping`']
@@ -66,11 +75,14 @@ def swept(of_training, attack, config, key=None, value=None):
     """Returns the evaluation under an attack at one value of `key`, on the sweeps' samples."""
     settings = {'num_eval_examples': min(MAX_EXAMPLES, config['num_eval_examples'])}
     if key is not None:
-        settings[key] = value
-    if key == 'epsilon':
-        settings |= {'epsilon': float(value), 'step_size': value / 4}
+        settings |= at_epsilon(value) if key == 'epsilon' else {key: value}
     inferences = ('bn_shaping',) if attack in DIRECT else ('pn', 'bn_shaping')
     return of_training.attack(attack, inferences, **settings)
+
+
+def at_epsilon(epsilon):
+    """Returns the changed keys for an attack within epsilon, in steps of a quarter of it."""
+    return {'epsilon': float(epsilon), 'step_size': epsilon / 4}
 
 
 def sweep_rows(config, evaluations):
@@ -106,7 +118,75 @@ def check_rows(config, evaluations):
             name, '`adaptive_pgd` under `bn_shaping` is as strong as `pgd`, transferred',
             evaluations[name].attack('adaptive_pgd', ('bn_shaping',)),
             evaluations[name].attack('pgd'), 'bn_shaping'))
+    for training in SWEPT:
+        name = name_of(training, config)
+        for inference in JUDGES:
+            rows += flag_rows(name, evaluations[name], inference, config)
     return rows
+
+
+def flag_rows(name, of_training, inference, config):
+    """Returns the checks by the flags of attacks/doubts.py, of an inference's direct attacks.
+
+    At every epsilon of EPSILONS; of these, the one that is closest to failing is shown.
+    """
+    n = min(FEW_EXAMPLES, config['num_eval_examples'])
+
+    def run(attack, **changed):
+        return of_training.if_kept(
+            of_training.attack, attack, (inference,), num_eval_examples=n, **changed)
+
+    def closest(what, pairs):
+        """Returns the row of the pair (epsilon, strong, weak) that is closest to failing."""
+        pairs = [pair for pair in pairs if None not in pair]
+        if not pairs:
+            return []
+        epsilon, strong, weak = max(pairs, key=lambda pair: paired_difference(
+            right_of(pair[1], inference), right_of(pair[2], inference))[1][0])
+        return [compared(name, f'{what}; closest: epsilon {epsilon}', strong, weak, inference)]
+
+    rows = []
+    for attack in ('adaptive', *(['apgd_eot'] if inference in FORMS else [])):
+        for flag, changed in doubled(attack, config):
+            rows += closest(f'`{attack}` under `{inference}`: {flag} (twice) leave no less', [
+                (epsilon, run(attack, **at_epsilon(epsilon)),
+                 run(attack, **at_epsilon(epsilon), **changed)) for epsilon in EPSILONS])
+    for weak in ('square', 'adaptive_pgd'):
+        rows += closest(f'`adaptive` under `{inference}` is as strong as `{weak}`', [
+            (epsilon, run('adaptive', **at_epsilon(epsilon)), run(weak, **at_epsilon(epsilon)))
+            for epsilon in EPSILONS])
+    found = of_training.if_kept(
+        of_training.get, f'indicators-{inference}', [relevant(config), inference, n],
+        lambda _: indicators(of_training.load(), of_training.data, config, inference, n))
+    if found:
+        most = max(found['lost_iterates'].values())
+        rows += [
+            check_row(name, f'`{inference}`: no gradient vanishes on {n} images',
+                      formats.percent(found['zero_gradients']), '', not found['zero_gradients']),
+            check_row(name, f'`adaptive_pgd` under `{inference}`: what was fooled at a step stays '
+                      'so to the last, at every epsilon', formats.percent(most), '', not most)]
+    return rows
+
+
+def indicators(model, data, config, inference, n):
+    """Returns what is kept of the indicators that need no comparison of two attacks, a dict.
+
+    'zero_gradients', 'random_answers': shares of n images, see attacks.doubts.Probe.
+    'lost_iterates': {epsilon: share of the images that adaptive_pgd fooled, but not at its end}.
+    """
+    (judge, of_mode), = make_judges(model, data, config, [inference]).items()
+    config = {**config, 'num_eval_examples': n}
+    probe, lost = Probe(of_mode, *eval_examples(data, config)), {}
+    for epsilon in EPSILONS:
+        of_epsilon = {**config, **at_epsilon(epsilon)}
+
+        def again(changed, of_epsilon=of_epsilon):
+            return run_direct('adaptive_pgd', model, data, {**of_epsilon, **changed}, judge,
+                              of_mode)
+
+        lost[str(epsilon)] = float(np.mean(lost_iterates(again, again({}), of_epsilon)))
+    return {'zero_gradients': probe.zero_gradients, 'random_answers': probe.random_answers,
+            'lost_iterates': lost}
 
 
 def sweep_checks(name, of_training, attack, inference, config):

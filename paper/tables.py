@@ -315,7 +315,8 @@ TABLES = {
         'Checks of the attacks',
         checks.CHECKED,
         checks.CHECKS_HEADER, checks.check_rows,
-        FIRST + ', {all} in the last six rows; accuracy in %' + DIFFERENCES, checks.MAX_EXAMPLES),
+        FIRST + f', {checks.FEW_EXAMPLES} of them in the rows of direct attacks below those of '
+        'transferred `pgd`, which have {all}; accuracy in %' + DIFFERENCES, checks.MAX_EXAMPLES),
     'claims': Table(
         "The paper's claims that compare two of its numbers",
         tuple(dict.fromkeys(of.training for claim in CLAIMS for of in (claim.higher, claim.lower))),

@@ -232,6 +232,13 @@ class MadeUp:
     def __init__(self, left):
         self.left = left
 
+    def if_kept(self, get, *args, **settings):
+        return get(*args, **settings)
+
+    def get(self, what, identity, compute):
+        lost = self.left('lost iterates', {})
+        return {'zero_gradients': 0., 'lost_iterates': {'8': lost if lost == 0.02 else 0.}}
+
     def attack(self, name, inferences=INFERENCES, **settings):
         n = self.left(name, settings)
         return {'results': [{'inference': inference} for inference in inferences],
@@ -257,7 +264,12 @@ def sound(attack, settings):
     (lambda attack, s: 1 if s.get('epsilon') == 64 else None, 'accuracy is 0 at epsilon 64'),
     (lambda attack, s: 640 if attack == 'random' else None, 'random perturbations'),
     (lambda attack, s: 720 if attack == 'adaptive_pgd' and not s else None,
-     '`adaptive_pgd` under `bn_shaping` is as strong as `pgd`')])
+     '`adaptive_pgd` under `bn_shaping` is as strong as `pgd`'),
+    (lambda attack, s: 600 if 'num_restarts' in s and s['epsilon'] == 4 else None,
+     'more restarts (twice) leave no less; closest: epsilon 4'),
+    (lambda attack, s: 600 if attack == 'square' and s['epsilon'] == 4 else None,
+     'is as strong as `square`; closest: epsilon 4'),
+    (lambda attack, s: 0.02 if attack == 'lost iterates' else None, 'stays so to the last')])
 def test_the_checks_fail_where_an_attack_is_not_sound(broken, fault, small_config):
     def left(attack, settings):
         found = broken(attack, settings) if broken else None
@@ -265,7 +277,9 @@ def test_the_checks_fail_where_an_attack_is_not_sound(broken, fault, small_confi
     config = small_config(num_steps=10)
     names = tables.trainings_of([TABLES['checks']], config)
     rows = checks.check_rows(config, dict.fromkeys(names, MadeUp(left)))
-    assert len(rows) == 2 * 9 + 6 and {row[-1] for row in rows} <= {'holds', '**fails**'}
+    # Two sweeps; the direct attacks of two inference modes, and of two that draw
+    assert len(rows) == 2 * 9 + 6 + 2 * (2 * 6 + 2 * 8)
+    assert {row[-1] for row in rows} <= {'holds', '**fails**'}
     failed = [row for row in rows if row[-1] == '**fails**']
     assert (not failed) if fault is None else failed and all(fault in row[1] for row in failed)
 
