@@ -51,8 +51,8 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
 import running.quiet  # noqa: F401
 import tensorflow as tf
 
-from attacks import doubts
 from cifar10_input import eval_examples, load_data
+import doubts
 from model import build_model, checkpoints, damage, find_checkpoint
 from pgd_attack import perturbation_fault
 from report import Outputs, print_comparison, print_table
@@ -165,7 +165,7 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
 
     A direct attack goes through the inference that judges it: it is made anew for each mode. All
     others are made once, and judged by all. Each result says in `flags` what makes it doubtful, see
-    attacks/doubts.py.
+    doubts.py.
 
     Args:
         model: a model.Model. data: a CIFAR10Data. config: the configuration.

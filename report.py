@@ -10,7 +10,7 @@ from config import BASE, SCHEMA, load_config
 import tensorflow as tf
 
 from attacks import ATTACKS, num_examples
-from attacks.doubts import FLAGS
+from doubts import FLAGS
 from running import UserError, brief, optional
 from running.files import replacing
 from running.outputs import Curves

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import numpy as np
 
 from attacks import DIRECT
-from attacks.doubts import Probe, doubled
 from attacks.random_search import RANDOM_DRAWS
 from cifar10_input import eval_examples
 from config import relevant
+from doubts import Probe, doubled
 from eval import lost_iterates, make_judges, run_direct
 from paper import formats
 from paper.cells import JUDGES, result_of, right_of
@@ -126,7 +126,7 @@ def check_rows(config, evaluations):
 
 
 def flag_rows(name, of_training, inference, config):
-    """Returns the checks by the flags of attacks/doubts.py, of an inference's direct attacks.
+    """Returns the checks by the flags of doubts.py, of an inference's direct attacks.
 
     At every epsilon of EPSILONS; of these, the one that is closest to failing is shown.
     """
@@ -171,7 +171,7 @@ def flag_rows(name, of_training, inference, config):
 def indicators(model, data, config, inference, n):
     """Returns what is kept of the indicators that need no comparison of two attacks, a dict.
 
-    'zero_gradients', 'random_answers': shares of n images, see attacks.doubts.Probe.
+    'zero_gradients', 'random_answers': shares of n images, see doubts.Probe.
     'lost_iterates': {epsilon: share of the images that adaptive_pgd fooled, but not at its end}.
     """
     (judge, of_mode), = make_judges(model, data, config, [inference]).items()

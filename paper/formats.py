@@ -1,5 +1,5 @@
 """How numbers are shown in the tables: percent, points, intervals, Markdown."""
-from attacks.doubts import is_transferred
+from doubts import is_transferred
 
 
 def percent(value):

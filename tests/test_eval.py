@@ -9,7 +9,7 @@ from pgd_attack import perturbation_fault
 from attacks import ATTACKS, DIRECT, make_attack
 from running import UserError
 from config import choice
-from attacks import doubts
+import doubts
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
                   check_attack, evaluate, wilson_interval)
 from paper.intervals import paired_difference

@@ -14,7 +14,7 @@ ROOMS = ('attacks', 'paper', 'running')
 # From the bottom up; what stands in one line may import within that line.
 FLOORS = [
     ('running',), ('config',), ('cifar10_input', 'model', 'shaping'), ('pgd_attack',), ('trades',),
-    ('attacks',), ('report',), ('eval', 'train'),
+    ('attacks',), ('doubts',), ('report',), ('eval', 'train'),
     ('bench', 'export', 'fetch_model', 'paper', 'run_attack'), ('classify', 'reproduce')]
 
 
