@@ -28,20 +28,21 @@ interval. Open: both are inside, so more samples are needed. A number of the pap
 bound, as the text says "over 0.93".
 
 Three kinds of claims are about small differences. *Makes no difference*, *as accurate as*:
-{SAME_POINTS} points at most, either way. *No better than*, *no worse than*: one-sided, {SAME_POINTS} points better (worse)
-at most. *Close to the best*: {CLOSE_POINTS} points below it at most; the best is chosen by our numbers on
-the same images, which favours it a little. Seen: the whole interval is within this range.
-Contradicted: the whole interval is outside. Open: otherwise.
+{SAME_POINTS} points at most, either way. *No better than*, *no worse than*: one-sided, at most
+{SAME_POINTS} points. *Close to the best*: {CLOSE_POINTS} points below it at most; the best is
+chosen by our numbers on the same images, which favours it a little. Seen: the whole interval is
+within this range. Contradicted: the whole interval is outside. Open: otherwise.
 
 The simple mix is taken to be shaping in training alone, judged by `pn`: clean and attacked samples
 in one batch, attack and inference as usual. (The paper compares with a mix "like in TRADES", but
 its adversarial-only rows are trained on no clean samples.)
 
-The intervals are over test images and, in rows with "{NUM_DRAWS} draws", over the draws of clean samples
-that classify the same examples. In other rows there is one draw or none; `adaptive_pgd` and
-`adaptive_weak` always have one. Where the two answers differ on fewer than {FEW_PAIRS} images, the interval
-is exact and cautious. Each model is one training, and another seed's may differ by more (see the
-table of seeds). Of {len(CLAIMS)} intervals of 95%, {round(len(CLAIMS) / 20)} are expected to miss by chance."""
+The intervals are over test images and, in rows with "{NUM_DRAWS} draws", over the draws of clean
+samples that classify the same examples. In other rows there is one draw or none; `adaptive_pgd`
+and `adaptive_weak` always have one. Where the two differ on fewer than {FEW_PAIRS} images, the
+interval is exact and cautious. Each model is one training, and another seed's may differ by more
+(see the table of seeds). Of {len(CLAIMS)} intervals of 95%, {round(len(CLAIMS) / 20)} are expected
+to miss by chance."""
 
 
 def claim_rows(config, evaluations):
