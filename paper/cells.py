@@ -16,9 +16,10 @@ from running.files import replacing
 from running.results import provenance
 from running.unfinished import checkpoint_digest, path_of, remove
 from running.untrusted import read_json
-
+from shaping import FORMS
 
 JUDGES = (*INFERENCES, 'bn_recorded')  # the paper's inference modes and ours
+NUM_DRAWS = 5  # under which transferred examples are classified, for the rows a claim rests on
 
 
 class Evaluations:
@@ -71,27 +72,38 @@ class Evaluations:
         remove([unfinished])
         return evaluation
 
-    def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', **settings):
+    def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', num_draws=None,
+               **settings):
         """Returns the evaluation under one attack: 'results', as eval.py has them, and 'right'.
 
-        A direct attack is made anew, and kept, for each of several inference modes.
+        A direct attack is made anew, and kept, for each of several inference modes. It knows the
+        one draw that judges it, or stays clear of that; how much its accuracy differs from draw to
+        draw is not measured, as each draw would need the attack once more.
 
         Args:
             inferences: inference modes that judge it, one result for each.
             ratios: inference shaping ratios, one result for each; see eval.make_judges.
             norms: how the population norms are estimated; one of population_norms.RULES.
+            num_draws: under how many draws a mode that draws classifies the examples of an attack
+                that is not direct. Default: NUM_DRAWS; with `settings` 1, as no claim rests on it.
             settings: keys of the configuration that are changed for this attack.
         """
         if name in DIRECT:
-            return joined([self.judged(name, (inference,), ratios, norms, **settings)
+            return joined([self.judged(name, (inference,), ratios, norms, 1, **settings)
                            for inference in inferences])
-        return self.judged(name, inferences, ratios, norms, **settings)
+        if not set(FORMS) & set(inferences):
+            num_draws = 1
+        elif num_draws is None:
+            num_draws = 1 if settings else NUM_DRAWS
+        return self.judged(name, inferences, ratios, norms, num_draws, **settings)
 
-    def judged(self, name, inferences, ratios, norms, **settings):
+    def judged(self, name, inferences, ratios, norms, num_draws, **settings):
         """Returns the evaluation under one attack, its examples made once; see attack."""
         config = {**self.config, **settings}
         identity = {**relevant(config, name), 'num_examples': num_examples(name, config),
                     'modes': list(inferences), 'ratios': ratios}
+        if num_draws > 1:
+            identity['num_draws'] = num_draws
         what = name + ('-ratios' if ratios else '') + ''.join(
             f'-{key}-{value}' for key, value in settings.items())
         if norms != 'trained':
@@ -102,11 +114,16 @@ class Evaluations:
             model, data = self.load(), self.data
             set_population_norms(model, data, config, norms)
             judges = make_judges(model, data, config, inferences, ratios)
-            attack = make_attack(name, model, data, config, 1, next(iter(judges.values())))
-            results, right, in_ball = evaluate_attack(
-                name, attack, data, config, judges, 1, unfinished)
-            return {'results': results, 'right': [result.pop('right')[0] for result in results],
-                    'in_ball': as_digits(in_ball)}
+            attack = make_attack(name, model, data, config, num_draws,
+                                 next(iter(judges.values())))
+            results, _, in_ball = evaluate_attack(
+                name, attack, data, config, judges, num_draws, unfinished)
+            right = [result.pop('right') for result in results]
+            evaluation = {'results': results, 'right': [first for first, *_ in right],
+                          'in_ball': as_digits(in_ball)}
+            if num_draws > 1:
+                evaluation['right_in_other_draws'] = [others for _, *others in right]
+            return evaluation
 
         return self.get(what, identity, compute)
 
@@ -146,21 +163,47 @@ class StoredEvaluations(Evaluations):
             of_training, what, *_, identity = evaluation['identity']
             self.kept[json.dumps([of_training, what, identity], sort_keys=True)] = evaluation
 
-    def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', **settings):
+    def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', num_draws=None,
+               **settings):
         """Returns the evaluation under one attack that is kept.
 
         Older folders hold no results under bn_recorded, and direct attacks made once, through
         bn_shaping, and judged by all modes: their results say which norms they went through.
         """
         try:
-            return super().attack(name, inferences, ratios, norms, **settings)
+            return super().attack(name, inferences, ratios, norms, num_draws, **settings)
         except UserError:
             if name not in DIRECT and inferences != JUDGES:
                 raise
         try:
-            return super().attack(name, INFERENCES, ratios, norms, **settings)
+            return super().attack(name, INFERENCES, ratios, norms, num_draws, **settings)
         except UserError:
-            return self.judged(name, INFERENCES, ratios, norms, **settings)
+            return self.judged(name, INFERENCES, ratios, norms, 1, **settings)
+
+    def judged(self, name, inferences, ratios, norms, num_draws, **settings):
+        """Returns the evaluation under one attack that is kept; see attack.
+
+        Older folders hold the examples classified under a single draw.
+        """
+        try:
+            return super().judged(name, inferences, ratios, norms, num_draws, **settings)
+        except UserError:
+            if num_draws == 1:
+                raise
+            return super().judged(name, inferences, ratios, norms, 1, **settings)
+
+    def experiment(self, measure, identity, summarize):
+        """Returns the evaluation by an in-text experiment that is kept.
+
+        Older folders hold summaries alone, whose identity has no `kept`.
+        """
+        try:
+            return super().experiment(measure, identity, summarize)
+        except UserError:
+            if 'kept' not in identity:
+                raise
+            older = {key: value for key, value in identity.items() if key != 'kept'}
+            return super().experiment(measure, older, summarize)
 
     def has(self, name):
         return any(json.loads(key)[1] == name for key in self.kept)
@@ -201,8 +244,19 @@ def result_of(evaluation, inference, ratio=None):
 
 
 def right_of(evaluation, inference, ratio=None):
-    """Returns which examples an inference mode classified right, bool [n]."""
+    """Returns which examples an inference mode classified right, bool [n]; under the first draw."""
     return from_digits(evaluation['right'][_place(evaluation, inference, ratio)])
+
+
+def right_in_draws(evaluation, inference, ratio=None):
+    """Returns which examples an inference mode classified right, under each draw: bool [draws, n].
+
+    What draws nothing, and what was kept before there were several draws, has one.
+    """
+    place = _place(evaluation, inference, ratio)
+    others = evaluation.get('right_in_other_draws')
+    return np.stack([from_digits(digits) for digits in
+                     [evaluation['right'][place], *(others[place] if others else [])]])
 
 
 def _place(evaluation, inference, ratio):

@@ -169,42 +169,43 @@ class Excess(NamedTuple):
     """How much larger one size is than another, on average: a row of the table."""
     what: str
     training: str        # its name
-    ours: dict           # as excesses_of makes it
+    ours: dict           # as excesses_of or an older version made it
     paper: float | None  # the paper's number
 
 
-def excesses_of(sizes, pairs):
-    """Returns {name: excess of the first of a pair over the second}, to be kept as JSON.
+def excesses_of(sizes, pairs, batch_size):
+    """Returns {name: what is kept of a pair of sizes}: how many, and the means of each batch.
 
     Args:
-        sizes: {name: array [n]}. pairs: {name: (a name in sizes, another)}.
+        sizes: {name: array [n], in whole batches}. pairs: {name: (a name in sizes, another)}.
     """
-    found = {}
-    for name, (a, b) in pairs.items():
-        value, interval = excess(sizes[a], sizes[b])
-        found[name] = {'excess': value, 'interval': interval, 'n': len(sizes[a]),
-                       'means': [float(sizes[a].mean()), float(sizes[b].mean())]}
-    return found
+    return {name: {'n': len(sizes[a]), 'batch_means': [
+        sizes[each].reshape(-1, batch_size).mean(axis=1).tolist() for each in (a, b)]}
+        for name, (a, b) in pairs.items()}
 
 
 def excesses(config, evaluations):
     """Returns the paper's three in-text experiments, a list of Excess."""
     default, shaped = (name_of(Training('pgd', mode), config) for mode in (ADV_ONLY, NORM_SHAPING))
-    part = relevant(config)  # of the configuration that the trainings vary
+
+    def found(name, measure, pairs):
+        of_training = evaluations[name]
+        identity = {**relevant(config), 'kept': 'batch means'}  # of what the trainings vary
+        return of_training.experiment(measure, identity, partial(
+            excesses_of, pairs=pairs, batch_size=of_training.config['training_batch_size']))
+
     rows = []
-    found = evaluations[default].experiment(
-        logit_errors, part, partial(excesses_of, pairs=LOGIT_ERRORS))
+    errors = found(default, logit_errors, LOGIT_ERRORS)
     for norms in LOGIT_ERRORS:
         rows.append(Excess('logit errors of FGSM examples, clean over adversarial batch norms; the '
-                           f'clean version under {norms}', default, found[norms],
+                           f'clean version under {norms}', default, errors[norms],
                            PAPER_EXCESS['logit_errors']))
     for name in (default, shaped):
-        found = evaluations[name].experiment(
-            perturbation_sizes, part, partial(excesses_of, pairs=PERTURBATION_SIZES))
+        sizes = found(name, perturbation_sizes, PERTURBATION_SIZES)
         rows.append(Excess("size of PGD's perturbations, population norms over batch norms", name,
-                           found['pn'], PAPER_EXCESS['pn'] if name == default else None))
+                           sizes['pn'], PAPER_EXCESS['pn'] if name == default else None))
         rows.append(Excess("size of PGD's perturbations, norm shaping over batch norms", name,
-                           found['shaping'], PAPER_EXCESS['shaping']))
+                           sizes['shaping'], PAPER_EXCESS['shaping']))
     return rows
 
 
@@ -212,13 +213,23 @@ def excess_rows(config, evaluations):
     """Returns the paper's three in-text experiments, beside the paper's numbers."""
     rows = []
     for row in excesses(config, evaluations):
-        low, high = row.ours['interval']
-        a, b = row.ours['means']
+        value, (low, high), (a, b), mark = shown(row.ours)
         rows.append([row.what, f'`{row.training}`',
-                     f'{100 * row.ours["excess"]:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]',
+                     f'{100 * value:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]{mark}',
                      f'{a:.4f} / {b:.4f}', f'{100 * row.paper:+.0f}%' if row.paper else '',
-                     verdict(row.paper, row.ours['interval']) if row.paper else ''])
+                     verdict((row.paper, row.paper), (low, high)) if row.paper else ''])
     return rows
+
+
+def shown(kept):
+    """Returns (excess, its interval, the two means, a mark) of what is kept of a pair of sizes.
+
+    Older versions kept no batch means, but the interval of a bootstrap over single images: marked.
+    """
+    if 'batch_means' not in kept:
+        return kept['excess'], kept['interval'], kept['means'], ' (by images)'
+    a, b = map(np.array, kept['batch_means'])
+    return *excess(a, b), (a.mean(), b.mean()), ''
 
 
 def mean_shifts(shifts):

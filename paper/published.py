@@ -1,4 +1,5 @@
 """The paper's numbers and claims, as data. The rest of this room puts ours beside them."""
+import math
 from typing import NamedTuple
 
 NATURAL, ADV_ONLY = 'natural', 'adv_only'
@@ -26,13 +27,21 @@ class Accuracy(NamedTuple):
     inference_ratio: int | None = None  # n of n:1, as Table IV varies it; None: the paper's 9
 
 
+# What a claim says of the difference, higher - lower; paper/claims.py says how large is small
+MORE = 'more'        # it is above zero
+SAME = 'same'        # it is small, either way
+NO_MORE = 'no more'  # it is small or below zero: "is no better than"
+CLOSE = 'close'      # it is above zero, or not far below: "close to the best"
+
+
 class Claim(NamedTuple):
     """A claim of the paper that compares two accuracies."""
     where: str            # the section; 'tables': no sentence says it, but the tables' numbers do
     words: str
     higher: Accuracy
     lower: Accuracy
-    same: bool = False    # the claim is that the two are equal
+    kind: str = MORE
+    others: tuple = ()    # more Accuracies beside `lower`: the claim is about the best of them
 
 
 # Tables I and II, as accuracies; the paper prints "clean" as "Acc", beside "PGD"
@@ -110,10 +119,8 @@ PAPER_EXCESS = {
     'shaping': 0.41,       # section V: PGD's perturbations, norm shaping over batch norms
 }
 # In the text: accuracy on clean images, beside the tables
-PAPER_CLEAN = {
-    Training('pgd', NATURAL): 0.93,          # section IV: "over 0.93"
-    Training('pgd', NORM_SHAPING, 2): 0.92,  # section VI
-}
+PAPER_CLEAN = {Training('pgd', NORM_SHAPING, 2): 0.92}  # section VI
+PAPER_CLEAN_OVER = {Training('pgd', NATURAL): 0.93}     # section IV: "over 0.93", a lower bound
 
 
 def _claims_of(adversary, name):
@@ -146,17 +153,35 @@ def _claims_of(adversary, name):
         Claim('VI', f'{name}, under `shaping`: shaping in training alone, judged by `pn`, is more '
               'robust than norm shaping',
               Accuracy(training_alone, 'shaping', 'pn'), shaped('shaping')),
-        *(Claim('VI', f'{name}, under `pgd`: the norm-shaped model is more robust by `bn_shaping` '
-                f'than by `{inference}`',
-                shaped('pgd'), Accuracy(shaping, 'pgd', inference))
-          for inference in ('pn', 'bn')),
+        Claim('VI', f'{name}, under `pgd`: the norm-shaped model is more robust by `bn_shaping` '
+              'than by `pn`',
+              shaped('pgd'), Accuracy(shaping, 'pgd', 'pn')),
+        *(Claim('VI', f'{name}, under `{attack}`: the norm-shaped model is better by `bn_shaping` '
+                'than by `bn`',
+                shaped(attack), Accuracy(shaping, attack, 'bn'))
+          for attack in ('clean', 'pgd', 'cw', 'fgsm', 'deepfool')),
         *(Claim('VI', f'{name}, under `{attack}`: norm shaping is better than shaping in training '
                 'alone',
                 shaped(attack), Accuracy(training_alone, attack, 'bn_shaping'))
           for attack in ('clean', 'pgd', 'cw', 'fgsm', 'deepfool')),
+        *(Claim('VI', f'{name}, under `{attack}`: norm shaping is better than a simple mix',
+                shaped(attack), Accuracy(training_alone, attack, 'pn'))
+          for attack in ('clean', 'pgd')),
+        *(_close_to_the_best(adversary, name, attack)
+          for attack in ('pgd', 'cw', 'fgsm', 'deepfool')),
         Claim('VI', f'{name}: norm shaping is a little more robust where the attacker does not '
               'know the clean samples',
               shaped('adaptive_weak'), shaped('adaptive_pgd'))]
+
+
+def _close_to_the_best(adversary, name, attack):
+    """Returns the claim that norm shaping is close to the best of a table's other numbers."""
+    ours = Accuracy(Training(adversary, NORM_SHAPING), attack, 'bn_shaping')
+    all_of_them = [Accuracy(Training(adversary, mode), attack, inference)
+                   for mode in MODES for inference in INFERENCES]
+    first, *others = [of for of in all_of_them if of != ours]
+    return Claim('VI', f'{name}, under `{attack}`: norm shaping is close to the best of the other '
+                 'trainings and inferences', ours, first, CLOSE, tuple(others))
 
 
 def _table4(in_training, in_inference):
@@ -166,8 +191,10 @@ def _table4(in_training, in_inference):
 
 _NATURAL = Accuracy(Training('pgd', NATURAL), 'clean', 'pn')
 _DEFAULT = Training('pgd', ADV_ONLY)
-_CLEAN_1_TO_3 = Accuracy(Training('pgd', NORM_SHAPING), 'clean', 'bn_shaping')
-_CLEAN_1_TO_2 = Accuracy(Training('pgd', NORM_SHAPING, 2), 'clean', 'bn_shaping')
+_SHAPED = Accuracy(Training('pgd', NORM_SHAPING), 'clean', 'bn_shaping')
+# Section VI compares 0.92 with 0.944, which is `pn` in Table I; so by `pn` they are compared
+_CLEAN_3_TO_1, _CLEAN_2_TO_1 = (Accuracy(Training('pgd', NORM_SHAPING, ratio), 'clean', 'pn')
+                                for ratio in (None, 2))
 
 CLAIMS = [
     *_claims_of('pgd', 'PGD'),
@@ -175,13 +202,13 @@ CLAIMS = [
     Claim('IV', 'natural training is more accurate than the default',
           _NATURAL, Accuracy(_DEFAULT, 'clean', 'pn')),
     Claim('I, VI', 'norm shaping is as accurate as natural training',
-          _CLEAN_1_TO_3, _NATURAL, same=True),
+          _SHAPED, _NATURAL, SAME),
     Claim('IV', 'the default model is more accurate by `bn` than by `pn` (confounding I)',
           Accuracy(_DEFAULT, 'clean', 'bn'), Accuracy(_DEFAULT, 'clean', 'pn')),
-    Claim('VI', 'training 1:1: inference 9:1 is no better than 0:1',
-          _table4(1, 9), _table4(1, 0), same=True),
+    Claim('VI', 'training 1:1: inference 9:1 makes no difference to 0:1',
+          _table4(1, 9), _table4(1, 0), SAME),
     Claim('VI', 'training 1:1, inference 9:1, is no better than the default',
-          _table4(1, 9), Accuracy(_DEFAULT, 'pgd', 'pn'), same=True),
+          _table4(1, 9), Accuracy(_DEFAULT, 'pgd', 'pn'), NO_MORE),
     Claim('VI', 'training 3:1 is more robust than 1:1, inference 9:1',
           _table4(3, 9), _table4(1, 9)),
     Claim('VI', 'training 3:1 is more robust than 2:1, inference 9:1',
@@ -194,12 +221,14 @@ CLAIMS = [
           _table4(2, 3), _table4(3, 3)),
     Claim('VI', 'training 2:1: inference 1:1 is more robust than 49:1',
           _table4(2, 1), _table4(2, 49)),
-    Claim('VI', 'training 3:1 is more accurate than 2:1',
-          _CLEAN_1_TO_3, _CLEAN_1_TO_2),
+    Claim('VI', 'training 3:1 is more accurate than 2:1, both judged by `pn`',
+          _CLEAN_3_TO_1, _CLEAN_2_TO_1),
     Claim('VI', 'training 3:1: inference 3:1 is more robust than 1:1',
           _table4(3, 3), _table4(3, 1)),
     Claim('VI', 'training 3:1: inference 49:1 is no better than 3:1',
-          _table4(3, 49), _table4(3, 3), same=True),
+          _table4(3, 49), _table4(3, 3), NO_MORE),
+    Claim('VI', 'training 3:1: inference 49:1 is no worse than 3:1',
+          _table4(3, 3), _table4(3, 49), NO_MORE),
     Claim('VI', 'training 7:1: inference 9:1 is more robust than 3:1',
           _table4(7, 9), _table4(7, 3))]
 
@@ -213,10 +242,18 @@ def paper_accuracy(of):
     adversary, mode, ratio, _ = of.training
     if of.inference_ratio is not None:
         return PAPER_RATIOS[ratio][INFERENCE_RATIOS.index(of.inference_ratio)]
-    if of.attack == 'clean' and of.training in PAPER_CLEAN:
-        return PAPER_CLEAN[of.training]
+    if of.attack == 'clean' and of.training in PAPER_CLEAN | PAPER_CLEAN_OVER:
+        return (PAPER_CLEAN | PAPER_CLEAN_OVER)[of.training]
     if ratio is not None:
         raise KeyError(of)
     if mode == NORM_SHAPING and of.inference == 'bn_shaping' and of.attack in PAPER_ADAPTIVE:
         return PAPER_ADAPTIVE[of.attack][adversary]
     return PAPER_TABLES[adversary][mode][of.attack][INFERENCES.index(of.inference)]
+
+
+def paper_difference(claim):
+    """Returns the paper's difference of a claim, (least, most): the same, unless one is a bound."""
+    lower = max(map(paper_accuracy, (claim.lower, *claim.others)))
+    difference = paper_accuracy(claim.higher) - lower
+    return (-math.inf if claim.lower.training in PAPER_CLEAN_OVER else difference,
+            math.inf if claim.higher.training in PAPER_CLEAN_OVER else difference)

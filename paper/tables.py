@@ -8,7 +8,7 @@ from attacks.shaping import check_batch
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
                   worst_cases)
 from paper import checks, claims, experiments, formats, plots
-from paper.cells import JUDGES, from_digits, result_of, right_of
+from paper.cells import JUDGES, from_digits, result_of, right_in_draws, right_of
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
 from paper.published import (ADV_ONLY, CLAIMS, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
@@ -196,7 +196,8 @@ def pn_and_shaping(evaluation, n):
     Args:
         n: on how many examples the table's numbers are; fewer are marked.
     """
-    gain = paired_difference(right_of(evaluation, 'bn_shaping'), right_of(evaluation, 'pn'))
+    gain = paired_difference(*(right_in_draws(evaluation, inference)
+                               for inference in ('bn_shaping', 'pn')))
     return [*(formats.accuracy(result_of(evaluation, inference), n)
               for inference in ('pn', 'bn_shaping')), formats.difference(*gain)]
 
@@ -275,7 +276,8 @@ TABLES = {
         'The in-text experiments of sections IV and V',
         (DEFAULT, SHAPED),
         experiments.HEADER, experiments.excess_rows,
-        FIRST_TRAINING + '; 95% bootstrap intervals',
+        FIRST_TRAINING + '; 95% bootstrap intervals over batches, whose images share norms (those '
+        '"by images" are from an older version, over single images)',
         checks=(experiments.check_perturbations,)),
     'shifts': Table(
         'How far an attack moves the batch norms',
@@ -319,7 +321,8 @@ TABLES = {
         'transferred `pgd`, which have {all}; accuracy in %' + DIFFERENCES, checks.MAX_EXAMPLES),
     'claims': Table(
         "The paper's claims that compare two of its numbers",
-        tuple(dict.fromkeys(of.training for claim in CLAIMS for of in (claim.higher, claim.lower))),
+        tuple(dict.fromkeys(of.training for claim in CLAIMS
+                            for of in (claim.higher, claim.lower, *claim.others))),
         claims.HEADER, claims.claim_rows, FIRST + DIFFERENCES, note=claims.NOTE,
         checks=(check_shaping_attack, check_ratios)),
 }

@@ -12,7 +12,6 @@ from config import choice
 import doubts
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
                   check_attack, evaluate, wilson_interval)
-from paper.intervals import paired_difference
 from shaping import FORMS, INFERENCE_MODES, Inference
 
 WORST = [WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW, WORST_CASE]
@@ -24,22 +23,6 @@ WORST = [WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW, WORST_CA
 def test_wilson_intervals_are_those_of_the_literature(correct, n, low, high):
     """81 of 263: Newcombe (1998), Table I, method 3; 0 and 10 of 10: standard tables."""
     assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_paired_differences_cover_the_truth_and_use_the_pairs():
-    """Of 2,000 draws of 200 pairs, the 95% interval holds the true difference in 93 to 98%."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(2000):
-        kind = rng.choice(4, 200, p=[0.5, 0.12, 0.06, 0.32])  # both right, a, b, none
-        value, (low, high) = paired_difference(kind <= 1, (kind == 0) | (kind == 2))
-        assert low < value < high
-        covered += low <= 0.06 <= high
-    assert 0.93 <= covered / 2000 <= 0.98
-    a = np.arange(1000) < 600
-    value, (low, high) = paired_difference(a, np.roll(a, 5))  # agree but for five and five
-    assert value == 0 and high - low < 0.02
-    assert paired_difference(a, ~a)[1] == pytest.approx([0.139, 0.260], abs=2e-3)
 
 
 def test_every_attack_stays_in_its_ball_and_leaves_the_model_alone(small_model, small_config, data):
