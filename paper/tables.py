@@ -4,9 +4,10 @@ from functools import partial
 from typing import NamedTuple
 
 from attacks import DIRECT
+from attacks.neighbours import QUERIES
 from attacks.shaping import check_batch
 from eval import WORST_IN_BALL, worst_cases
-from paper import checks, claims, experiments, formats, plots
+from paper import checks, claims, experiments, formats, neighbours, plots
 from paper.cells import from_digits, result_of, right_of
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
@@ -216,6 +217,12 @@ def check_clean_samples(config, data, ratio):
                         f'expected at most {most}, half the training images')
 
 
+def check_neighbours(config, data):
+    """Raises UserError unless there are clean samples for a batch of QUERIES queries."""
+    ratio = config['inference_shaping_ratio']
+    check_clean_samples({**config, 'shaping_batch_size': QUERIES * (ratio + 1)}, data, ratio)
+
+
 def check_shaping_attack(config, data):
     """Raises UserError unless eval_batch_size suits the norm shaping attack."""
     check_batch(config)
@@ -300,6 +307,12 @@ TABLES = {
         (SHAPED,),
         ['attack', '`pn`', '`bn_shaping`', 'difference', 'paper'],
         gap_rows, ACCURACY + DIFFERENCES),
+    'neighbours': Table(
+        'Victims whose batch an attacker shares',
+        (DEFAULT, SHAPED),
+        neighbours.HEADER, neighbours.neighbour_rows,
+        f'victims: {FIRST}; accuracy in %; victims turned in %, [95% Wilson intervals]',
+        neighbours.NUM_VICTIMS, neighbours.NOTE, checks=(check_neighbours,)),
     'checks': Table(
         'Checks of the attacks',
         checks.CHECKED,
