@@ -23,7 +23,8 @@ from typing import NamedTuple
 from absl import flags
 import numpy as np
 
-from attacks import ATTACKS, DIRECT, MINIMUM_NORM, check_names, make_attack, num_examples
+from attacks import (ATTACKS, DIRECT, MINIMUM_NORM, NO_SOURCE, check_names, make_attack,
+                     num_examples, other_weights)
 from config import (INFERENCE_MODES, SCHEMA, begin, choice, config_from_flags, define_model_flags,
                     parse_setting, relevant)
 from running.program import ANY, run
@@ -89,10 +90,12 @@ def main(words):
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
 
-    # The outputs, and the checkpoint: fail now, not after the evaluation
+    # The outputs, and the checkpoints: fail now, not after the evaluation
     outputs = Outputs(config, flags.FLAGS.output, flags.FLAGS.pictures)
     if not flags.FLAGS.watch:
         checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
+    for name in request.attacks:  # the other model of transfer
+        other_weights(name, config)
 
     # The data and the model
     data = load_data(config, flags.FLAGS.download)
@@ -293,7 +296,8 @@ def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1)
     """
     of_all = [checkpoint_digest(checkpoint), of_data, num_draws]
     return {label: path_of(folder, label.replace(' ', '_'), [
-        *of_all, list(judging), name, num_examples(name, config), relevant(config, name)])
+        *of_all, list(judging), name, num_examples(name, config), relevant(config, name),
+        *other_weights(name, config)])
         for label, name, judging in rounds_of(attacks, modes)}
 
 
@@ -363,7 +367,7 @@ def request_from_flags(config):
 
     A flag that would have no effect is refused, or told on stderr.
     """
-    attacks = choice('attack', flags.FLAGS.attack, ATTACKS)
+    attacks = attacks_of(flags.FLAGS.attack, config)
     modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
     num_draws = flags.FLAGS.num_draws
     if not 1 <= num_draws <= 1000:
@@ -380,6 +384,20 @@ def request_from_flags(config):
             print(f'--set {key} has no effect: it is of the attack '
                   f'{" and ".join(SCHEMA[key].attacks)}', file=sys.stderr, flush=True)
     return Request(attacks, modes, num_draws)
+
+
+def attacks_of(value, config):
+    """Returns the attacks that --attack names. Raises UserError: there is no model for transfer.
+
+    `all` leaves transfer out, and says so, where transfer_from names no other model.
+    """
+    attacks = choice('attack', value, ATTACKS)
+    if 'transfer' in attacks and not config['transfer_from']:
+        if 'transfer' in value.replace(' ', '').split(','):
+            raise UserError(NO_SOURCE)
+        print('transfer is left out: transfer_from names no other model', flush=True)
+        attacks.remove('transfer')
+    return attacks
 
 
 def compare(paths):

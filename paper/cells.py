@@ -43,15 +43,17 @@ class Evaluations:
         self.model.load_madry_checkpoint(self.checkpoint)
         return self.model
 
-    def get(self, what, identity, compute):
+    def get(self, what, identity, compute, other_digests=()):
         """Returns the evaluation `what`, a dict: the one that is kept, or compute(path).
 
         Args:
-            identity: JSON of what it depends on, beside the training's weights and the data.
+            identity: JSON of what it depends on, beside weights and data.
+            other_digests: of other weights that it depends on than this training's.
             compute: f(path) -> a dict, to be kept as JSON. Finished batches are kept in the file
                 `path`, whose name depends on the code as well, and which is removed in the end.
         """
-        identity = json.dumps([self.name, what, *self.digests, identity], sort_keys=True)
+        identity = json.dumps([self.name, what, *self.digests, *other_digests, identity],
+                              sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         path = os.path.join(self.folder, f'{self.name}-{what}-{digest}.json')
         if os.path.exists(path):
@@ -66,7 +68,8 @@ class Evaluations:
         remove([unfinished])
         return evaluation
 
-    def attack(self, name, inferences=INFERENCES, ratios=None, norms='trained', **settings):
+    def attack(self, name, inferences=INFERENCES, ratios=None, norms='trained', source=None,
+               **settings):
         """Returns the evaluation under one attack: 'results', as eval.py has them, and 'right'.
 
         A direct attack is made anew, and kept, for each of several inference modes.
@@ -75,14 +78,15 @@ class Evaluations:
             inferences: inference modes that judge it, one result for each.
             ratios: inference shaping ratios, one result for each; see eval.make_judges.
             norms: how the population norms are estimated; one of population_norms.RULES.
+            source: of `transfer`: the Evaluations of the training whose model makes the examples.
             settings: keys of the configuration that are changed for this attack.
         """
         if name in DIRECT:
-            return joined([self.judged(name, (inference,), ratios, norms, **settings)
+            return joined([self.judged(name, (inference,), ratios, norms, source, **settings)
                            for inference in inferences])
-        return self.judged(name, inferences, ratios, norms, **settings)
+        return self.judged(name, inferences, ratios, norms, source, **settings)
 
-    def judged(self, name, inferences, ratios, norms, **settings):
+    def judged(self, name, inferences, ratios, norms, source=None, **settings):
         """Returns the evaluation under one attack, its examples made once; see attack."""
         config = {**self.config, **settings}
         identity = {**relevant(config, name), 'num_examples': num_examples(name, config),
@@ -92,9 +96,14 @@ class Evaluations:
         if norms != 'trained':
             identity['population_norms'] = [norms, NUM_BATCHES]
             what += f'-norms-{norms.replace(" ", "_")}'
+        if source is not None:
+            identity['transfer_from'] = source.name
+            what += f'-from-{source.name}'
 
         def compute(unfinished):
             model, data = self.load(), self.data
+            if source is not None:
+                config['transfer_from'] = source.checkpoint
             set_population_norms(model, data, config, norms)
             judges = make_judges(model, data, config, inferences, ratios)
             attack = make_attack(name, model, data, config, 1, next(iter(judges.values())))
@@ -103,7 +112,7 @@ class Evaluations:
             return {'results': results, 'right': [as_digits(right[judge][0]) for judge in judges],
                     'in_ball': as_digits(in_ball)}
 
-        return self.get(what, identity, compute)
+        return self.get(what, identity, compute, source.digests[:1] if source is not None else ())
 
     def has(self, name):
         """Whether there is an evaluation under an attack, or it can be made."""
@@ -129,6 +138,7 @@ class StoredEvaluations(Evaluations):
 
     def __init__(self, name, config, folder):
         self.name, self.config, self.folder, self.kept = name, config, folder, {}
+        self.digests = []
         for path in glob.glob(os.path.join(glob.escape(folder), f'{name}-*.json')):
             evaluation = read_json(path)
             of_training, what, *_, identity = evaluation['identity']
@@ -150,7 +160,7 @@ class StoredEvaluations(Evaluations):
     def has(self, name):
         return any(json.loads(key)[1] == name for key in self.kept)
 
-    def get(self, what, identity, compute):
+    def get(self, what, identity, compute, other_digests=()):
         """Returns the evaluation `what` that is kept, of whatever weights and images.
 
         Raises:

@@ -22,6 +22,7 @@ OWN_ATTACKS = ('apgd', 'adaptive', 'adaptive_pgd', 'apgd_eot')  # beyond those o
 FIRST_ROWS = ('clean', WORST_IN_BALL, 'adaptive', 'apgd_eot', 'adaptive_pgd', 'apgd')
 SEEDS = (0, 1)
 SEED_ATTACKS = GAP_ATTACKS = ('clean', 'pgd', 'adaptive_pgd')
+TRANSFER_INFERENCES = ('pn', 'bn_shaping', 'bn_recorded')
 NORMS_EXAMPLES = 1000  # enough to tell one rule from another
 
 DEFAULT, SHAPED = Training('pgd', ADV_ONLY), Training('pgd', NORM_SHAPING)
@@ -172,6 +173,24 @@ def gap_rows(config, evaluations):
     return rows
 
 
+def transfer_rows(config, evaluations):
+    """Returns `adaptive` beside `transfer`: the same attack, made on the model of another seed."""
+    rows, n = [], config['num_eval_examples']
+    for training in (DEFAULT, SHAPED):
+        ours, others = (evaluations[name_of(training._replace(seed=seed), config)]
+                        for seed in SEEDS)
+        for inference in TRANSFER_INFERENCES:
+            direct = ours.attack('adaptive', (inference,))
+            transfer = ours.attack('transfer', (inference,), source=others)
+            both = [right_of(of, inference) for of in (transfer, direct)]
+            few = min(map(len, both))  # num_attack_examples may name one of them
+            rows.append([f'`{ours.name}`', f'`{inference}`',
+                         *(formats.accuracy(result_of(of, inference), n)
+                           for of in (direct, transfer)),
+                         formats.difference(*paired_difference(*(of[:few] for of in both)))])
+    return rows
+
+
 def judging(attack):
     """Returns the modes that judge where only pn and bn_shaping are shown.
 
@@ -307,6 +326,12 @@ TABLES = {
         (SHAPED,),
         ['attack', '`pn`', '`bn_shaping`', 'difference', 'paper'],
         gap_rows, ACCURACY + DIFFERENCES),
+    'transfer': Table(
+        'The strongest attack, made on the model of another seed',
+        tuple(training._replace(seed=seed) for training in (DEFAULT, SHAPED) for seed in SEEDS),
+        ['judged: training', 'inference', '`adaptive`, made on it',
+         f'`transfer`, made on that of seed {SEEDS[1] + 1}', 'difference'],
+        transfer_rows, ACCURACY + DIFFERENCES),
     'neighbours': Table(
         'Victims whose batch an attacker shares',
         (DEFAULT, SHAPED),
