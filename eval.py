@@ -23,8 +23,8 @@ from typing import NamedTuple
 from absl import flags
 import numpy as np
 
-from attacks import (ATTACKS, DIRECT, MINIMUM_NORM, NO_SOURCE, check_names, make_attack,
-                     num_examples, other_weights)
+from attacks import (ATTACKS, DIRECT, MINIMUM_NORM, check_names, make_attack, num_examples,
+                     other_weights)
 from config import (INFERENCE_MODES, SCHEMA, begin, choice, config_from_flags, define_model_flags,
                     parse_setting, relevant)
 from running.program import ANY, run
@@ -90,12 +90,12 @@ def main(words):
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
 
-    # The outputs, and the checkpoints: fail now, not after the evaluation
+    # The checkpoints and the outputs: fail now, not after the evaluation
+    for name in request.attacks:
+        other_weights(name, config)
     outputs = Outputs(config, flags.FLAGS.output, flags.FLAGS.pictures)
     if not flags.FLAGS.watch:
         checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
-    for name in request.attacks:  # the other model of transfer
-        other_weights(name, config)
 
     # The data and the model
     data = load_data(config, flags.FLAGS.download)
@@ -387,16 +387,11 @@ def request_from_flags(config):
 
 
 def attacks_of(value, config):
-    """Returns the attacks that --attack names. Raises UserError: there is no model for transfer.
-
-    `all` leaves transfer out, and says so, where transfer_from names no other model.
-    """
+    """Returns the attacks that --attack names: all leaves transfer out where it has no model."""
     attacks = choice('attack', value, ATTACKS)
-    if 'transfer' in attacks and not config['transfer_from']:
-        if 'transfer' in value.replace(' ', '').split(','):
-            raise UserError(NO_SOURCE)
-        print('transfer is left out: transfer_from names no other model', flush=True)
+    if 'transfer' in attacks and 'transfer' not in value and not config['transfer_from']:
         attacks.remove('transfer')
+        print('transfer is left out: transfer_from names no other model', flush=True)
     return attacks
 
 

@@ -33,8 +33,6 @@ ATTACKS = {
 # They go through the inference that judges them, and are made anew for each: 'direct'. (transfer
 # goes through the same inference of another model.)
 DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd_eot', 'square', 'transfer')
-NO_SOURCE = ('transfer makes its examples on another model, and transfer_from is ""; expected '
-             '--set transfer_from=DIR, the folder of another training or a checkpoint')
 MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
 
 

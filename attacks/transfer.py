@@ -3,7 +3,6 @@
 Where they leave less than `adaptive`, which goes through the model itself, that one cannot be
 trusted: its gradients are masked.
 """
-from attacks import NO_SOURCE
 from attacks.apgd import adaptive
 from model import build_model, find_checkpoint
 from running import UserError
@@ -18,7 +17,9 @@ def source_of(config):
         UserError: it names none, or one that was trained with another network or other classes.
     """
     if not config['transfer_from']:
-        raise UserError(NO_SOURCE)
+        raise UserError('transfer makes its examples on another model, and transfer_from is ""; '
+                        'expected --set transfer_from=DIR, the folder of another training or a '
+                        'checkpoint')
     return find_checkpoint(config, config['transfer_from'], option='transfer_from')
 
 
