@@ -155,10 +155,12 @@ SCHEMA = {
     'distribution': Key(*_choice(*DISTRIBUTIONS), 'devices'),
     'batch_norms': Key(*_choice(*BATCH_NORMS), 'devices'),
     'fgsm_epsilon': Key(*_number(0, 255), 'attack', ('fgsm',)),
-    'apgd_num_steps': Key(*_integer(1), 'attack', ('apgd', 'adaptive', 'apgd_eot')),
-    'num_restarts': Key(*_integer(1), 'attack', ('apgd', 'adaptive'), before=1),
+    'apgd_num_steps': Key(*_integer(1), 'attack', ('apgd', 'adaptive', 'apgd_eot', 'transfer')),
+    'num_restarts': Key(*_integer(1), 'attack', ('apgd', 'adaptive', 'transfer'), before=1),
     'eot_draws': Key(*_integer(1), 'attack', ('apgd_eot',)),
     'square_queries': Key(*_integer(1), 'attack', ('square',)),
+    'transfer_from': Key(lambda value: value == '' or _text(value),
+                         'the path of a folder or checkpoint, or "": none', 'output'),
     'num_attack_examples': Key(
         _num_attack_examples, 'an object such as {"cw": 200}: on how many examples, 1 or more, an '
         'attack is run', 'output'),

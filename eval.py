@@ -23,7 +23,8 @@ from typing import NamedTuple
 from absl import flags
 import numpy as np
 
-from attacks import ATTACKS, DIRECT, MINIMUM_NORM, check_names, make_attack, num_examples
+from attacks import (ATTACKS, DIRECT, MINIMUM_NORM, check_names, make_attack, num_examples,
+                     other_weights)
 from config import (INFERENCE_MODES, SCHEMA, begin, choice, config_from_flags, define_model_flags,
                     parse_setting, relevant)
 from running.program import ANY, run
@@ -95,7 +96,9 @@ def main(words):
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
 
-    # The outputs, and the checkpoint: fail now, not after the evaluation
+    # The checkpoints and the outputs: fail now, not after the evaluation
+    for name in request.attacks:
+        other_weights(name, config)
     outputs = Outputs(config, flags.FLAGS.output, flags.FLAGS.pictures)
     if not flags.FLAGS.watch:
         checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
@@ -358,7 +361,8 @@ def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1)
     """
     of_all = [checkpoint_digest(checkpoint), of_data, num_draws]
     return {label: path_of(folder, label.replace(' ', '_'), [
-        *of_all, list(judging), name, num_examples(name, config), relevant(config, name)])
+        *of_all, list(judging), name, num_examples(name, config), relevant(config, name),
+        *other_weights(name, config)])
         for label, name, judging in rounds_of(attacks, modes)}
 
 
@@ -457,7 +461,7 @@ def request_from_flags(config):
 
     A flag that would have no effect is refused, or told on stderr.
     """
-    attacks = choice('attack', flags.FLAGS.attack, ATTACKS)
+    attacks = attacks_of(flags.FLAGS.attack, config)
     modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
     num_draws = flags.FLAGS.num_draws
     if not 1 <= num_draws <= 1000:
@@ -474,6 +478,15 @@ def request_from_flags(config):
             print(f'--set {key} has no effect: it is of the attack '
                   f'{" and ".join(SCHEMA[key].attacks)}', file=sys.stderr, flush=True)
     return Request(attacks, modes, num_draws, flags.FLAGS.check)
+
+
+def attacks_of(value, config):
+    """Returns the attacks that --attack names: all leaves transfer out where it has no model."""
+    attacks = choice('attack', value, ATTACKS)
+    if 'transfer' in attacks and 'transfer' not in value and not config['transfer_from']:
+        attacks.remove('transfer')
+        print('transfer is left out: transfer_from names no other model', flush=True)
+    return attacks
 
 
 def compare(paths):

@@ -467,12 +467,13 @@ def newest_intact(folder):
     return None
 
 
-def find_checkpoint(config, checkpoint=None, select='last'):
+def find_checkpoint(config, checkpoint=None, select='last', option='--checkpoint'):
     """Returns the prefix of a checkpoint: the one given, or one in model_dir.
 
     Args:
         checkpoint: its prefix, one of its files, or a folder, whose newest intact one is taken.
         select: 'last', the newest intact one in model_dir, or 'best', the best by validation.
+        option: what named the checkpoint, for messages.
 
     Raises:
         UserError: there is none, none that is intact, or it was trained with another network or
@@ -480,16 +481,17 @@ def find_checkpoint(config, checkpoint=None, select='last'):
     """
     if select == 'best':
         checkpoint = best_checkpoint(config['model_dir'], checkpoint)
-    prefix, folder = given_checkpoint(checkpoint) if checkpoint else (None, config['model_dir'])
+    prefix, folder = (given_checkpoint(checkpoint, option) if checkpoint else
+                      (None, config['model_dir']))
     if prefix is None:
-        where = f'--checkpoint {checkpoint}' if checkpoint else f'model_dir {folder}'
+        where = f'{option} {checkpoint}' if checkpoint else f'model_dir {folder}'
         prefix = newest_intact(folder)
         if prefix is None and checkpoints(folder):
             raise UserError(f'{where} holds checkpoints, but none that is intact; expected another '
                             'folder')
         if prefix is None:
             raise UserError(f'{where} holds no checkpoint; train.py writes them there')
-    check_trained_alike(config, prefix)
+    check_trained_alike(config, prefix, option)
     return prefix
 
 
@@ -512,7 +514,7 @@ def best_checkpoint(model_dir, checkpoint=None):
     return prefix
 
 
-def given_checkpoint(checkpoint):
+def given_checkpoint(checkpoint, option):
     """Returns (prefix, None) where a checkpoint's prefix or file is given, (None, folder) else."""
     prefix = re.sub(r'\.(index|meta|data-\d{5}-of-\d{5})$', '', str(checkpoint))
     folder, name = os.path.split(prefix)
@@ -525,21 +527,22 @@ def given_checkpoint(checkpoint):
     if os.path.isfile(prefix):  # TensorFlow's old format: one file
         return prefix, None
     here = ', '.join(map(os.path.basename, checkpoints(folder or '.')[:3]))
-    raise UserError(f'--checkpoint {checkpoint}: there is no {prefix}.index; expected a prefix '
+    raise UserError(f'{option} {checkpoint}: there is no {prefix}.index; expected a prefix '
                     'such as models/secret/checkpoint-70000'
                     + (f'; {folder or "this folder"} holds {here}' if here else ''))
 
 
-def check_trained_alike(config, prefix):
+def check_trained_alike(config, prefix, option):
     """Raises UserError where config.json beside a checkpoint describes another kind of model."""
     folder = os.path.dirname(prefix)
     path = os.path.join(folder, 'config.json')
     stored = read_json(path) if os.path.isfile(path) else {}
     for key in ('num_residual_units', 'width_factor', 'dataset', 'classes'):
         if key in stored and key in config and stored[key] != config[key]:
+            expected = (f'--model_dir {folder or "."}, which takes the configuration stored there'
+                        if option == '--checkpoint' else f'the same where {option} names a model')
             raise UserError(f'{prefix} was trained with {key} {brief(json.dumps(stored[key]))}, '
-                            f'got {json.dumps(config[key])}; expected --model_dir {folder or "."}, '
-                            'which takes the configuration stored there')
+                            f'got {json.dumps(config[key])}; expected {expected}')
 
 
 def synchronized_batch_norm(x, gamma, beta):

@@ -27,10 +27,12 @@ ATTACKS = {
     'apgd': 'apgd.apgd',                         # Auto-PGD, PN
     'apgd_eot': 'apgd.apgd_eot',                 # Auto-PGD through fresh draws at every step
     'square': 'square.square',                   # random search by scores, fresh draws
+    'transfer': 'transfer.transfer',             # adaptive's examples, made on another model
     'random': 'random_search.random_search',     # the strongest of 1,000 perturbations: a check
 }
-# They go through the inference that judges them, and are made anew for each: 'direct'
-DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd_eot', 'square')
+# They go through the inference that judges them, and are made anew for each: 'direct'. (transfer
+# goes through the same inference of another model.)
+DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd_eot', 'square', 'transfer')
 MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
 
 
@@ -57,6 +59,15 @@ def make_attack(name, model, data, config, num_draws=1, inference=None):
         from shaping import make_inference  # not above: it imports TensorFlow
         inference = make_inference(model, 'bn_shaping', data, config)
     return getattr(module, maker)(inference, data, config, num_draws)
+
+
+def other_weights(name, config):
+    """Returns the digests of other models' weights that an attack goes through, a list."""
+    if name != 'transfer':
+        return []
+    from attacks.transfer import source_of  # not above: it imports TensorFlow
+    from running.unfinished import checkpoint_digest
+    return [checkpoint_digest(source_of(config))]
 
 
 def num_examples(name, config):

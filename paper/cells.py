@@ -48,15 +48,17 @@ class Evaluations:
         self.model.load_madry_checkpoint(self.checkpoint)
         return self.model
 
-    def get(self, what, identity, compute):
+    def get(self, what, identity, compute, other_digests=()):
         """Returns the evaluation `what`, a dict: the one that is kept, or compute(path).
 
         Args:
-            identity: JSON of what it depends on, beside the training's weights and the data.
+            identity: JSON of what it depends on, beside weights and data.
+            other_digests: of other weights that it depends on than this training's.
             compute: f(path) -> a dict, to be kept as JSON. Finished batches are kept in the file
                 `path`, whose name depends on the code as well, and which is removed in the end.
         """
-        identity = json.dumps([self.name, what, *self.digests, identity], sort_keys=True)
+        identity = json.dumps([self.name, what, *self.digests, *other_digests, identity],
+                              sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         path = os.path.join(self.folder, f'{self.name}-{what}-{digest}.json')
         if os.path.exists(path):
@@ -73,7 +75,7 @@ class Evaluations:
         return evaluation
 
     def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', num_draws=None,
-               **settings):
+               source=None, **settings):
         """Returns the evaluation under one attack: 'results', as eval.py has them, and 'right'.
 
         A direct attack is made anew, and kept, for each of several inference modes. It knows the
@@ -86,18 +88,19 @@ class Evaluations:
             norms: how the population norms are estimated; one of population_norms.RULES.
             num_draws: under how many draws a mode that draws classifies the examples of an attack
                 that is not direct. Default: NUM_DRAWS; with `settings` 1, as no claim rests on it.
+            source: of `transfer`: the Evaluations of the training whose model makes the examples.
             settings: keys of the configuration that are changed for this attack.
         """
         if name in DIRECT:
-            return joined([self.judged(name, (inference,), ratios, norms, 1, **settings)
+            return joined([self.judged(name, (inference,), ratios, norms, 1, source, **settings)
                            for inference in inferences])
         if not set(FORMS) & set(inferences):
             num_draws = 1
         elif num_draws is None:
             num_draws = 1 if settings else NUM_DRAWS
-        return self.judged(name, inferences, ratios, norms, num_draws, **settings)
+        return self.judged(name, inferences, ratios, norms, num_draws, source, **settings)
 
-    def judged(self, name, inferences, ratios, norms, num_draws, **settings):
+    def judged(self, name, inferences, ratios, norms, num_draws, source=None, **settings):
         """Returns the evaluation under one attack, its examples made once; see attack."""
         config = {**self.config, **settings}
         identity = {**relevant(config, name), 'num_examples': num_examples(name, config),
@@ -109,9 +112,14 @@ class Evaluations:
         if norms != 'trained':
             identity['population_norms'] = [norms, NUM_BATCHES]
             what += f'-norms-{norms.replace(" ", "_")}'
+        if source is not None:
+            identity['transfer_from'] = source.name
+            what += f'-from-{source.name}'
 
         def compute(unfinished):
             model, data = self.load(), self.data
+            if source is not None:
+                config['transfer_from'] = source.checkpoint
             set_population_norms(model, data, config, norms)
             judges = make_judges(model, data, config, inferences, ratios)
             attack = make_attack(name, model, data, config, num_draws,
@@ -125,7 +133,7 @@ class Evaluations:
                 evaluation['right_in_other_draws'] = [others for _, *others in right]
             return evaluation
 
-        return self.get(what, identity, compute)
+        return self.get(what, identity, compute, source.digests[:1] if source is not None else ())
 
     def has(self, name):
         """Whether there is an evaluation under an attack, or it can be made."""
@@ -158,39 +166,40 @@ class StoredEvaluations(Evaluations):
 
     def __init__(self, name, config, folder):
         self.name, self.config, self.folder, self.kept = name, config, folder, {}
+        self.digests = []
         for path in glob.glob(os.path.join(glob.escape(folder), f'{name}-*.json')):
             evaluation = read_json(path)
             of_training, what, *_, identity = evaluation['identity']
             self.kept[json.dumps([of_training, what, identity], sort_keys=True)] = evaluation
 
     def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', num_draws=None,
-               **settings):
+               source=None, **settings):
         """Returns the evaluation under one attack that is kept.
 
         Older folders hold no results under bn_recorded, and direct attacks made once, through
         bn_shaping, and judged by all modes: their results say which norms they went through.
         """
         try:
-            return super().attack(name, inferences, ratios, norms, num_draws, **settings)
+            return super().attack(name, inferences, ratios, norms, num_draws, source, **settings)
         except UserError:
             if name not in DIRECT and inferences != JUDGES:
                 raise
         try:
-            return super().attack(name, INFERENCES, ratios, norms, num_draws, **settings)
+            return super().attack(name, INFERENCES, ratios, norms, num_draws, source, **settings)
         except UserError:
-            return self.judged(name, INFERENCES, ratios, norms, 1, **settings)
+            return self.judged(name, INFERENCES, ratios, norms, 1, source, **settings)
 
-    def judged(self, name, inferences, ratios, norms, num_draws, **settings):
+    def judged(self, name, inferences, ratios, norms, num_draws, source=None, **settings):
         """Returns the evaluation under one attack that is kept; see attack.
 
         Older folders hold the examples classified under a single draw.
         """
         try:
-            return super().judged(name, inferences, ratios, norms, num_draws, **settings)
+            return super().judged(name, inferences, ratios, norms, num_draws, source, **settings)
         except UserError:
             if num_draws == 1:
                 raise
-            return super().judged(name, inferences, ratios, norms, 1, **settings)
+            return super().judged(name, inferences, ratios, norms, 1, source, **settings)
 
     def experiment(self, measure, identity, summarize):
         """Returns the evaluation by an in-text experiment that is kept.
@@ -214,7 +223,7 @@ class StoredEvaluations(Evaluations):
         except UserError:  # an older folder, say
             return None
 
-    def get(self, what, identity, compute):
+    def get(self, what, identity, compute, other_digests=()):
         """Returns the evaluation `what` that is kept, of whatever weights and images.
 
         Raises:

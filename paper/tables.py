@@ -4,10 +4,11 @@ from functools import partial
 from typing import NamedTuple
 
 from attacks import DIRECT
+from attacks.neighbours import QUERIES
 from attacks.shaping import check_batch
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
                   worst_cases)
-from paper import checks, claims, experiments, formats, plots
+from paper import checks, claims, experiments, formats, neighbours, plots
 from paper.cells import JUDGES, from_digits, result_of, right_in_draws, right_of
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
@@ -24,6 +25,7 @@ FIRST_ROWS = ('clean', WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_
               'adaptive', 'apgd_eot', 'square', 'adaptive_pgd', 'apgd')
 SEEDS = (0, 1)
 SEED_ATTACKS = GAP_ATTACKS = ('clean', 'pgd', 'adaptive_pgd')
+TRANSFER_INFERENCES = ('pn', 'bn_shaping', 'bn_recorded')
 NORMS_EXAMPLES = 1000  # enough to tell one rule from another
 
 DEFAULT, SHAPED = Training('pgd', ADV_ONLY), Training('pgd', NORM_SHAPING)
@@ -182,6 +184,24 @@ def gap_rows(config, evaluations):
     return rows
 
 
+def transfer_rows(config, evaluations):
+    """Returns `adaptive` beside `transfer`: the same attack, made on the model of another seed."""
+    rows, n = [], config['num_eval_examples']
+    for training in (DEFAULT, SHAPED):
+        ours, others = (evaluations[name_of(training._replace(seed=seed), config)]
+                        for seed in SEEDS)
+        for inference in TRANSFER_INFERENCES:
+            direct = ours.attack('adaptive', (inference,))
+            transfer = ours.attack('transfer', (inference,), source=others)
+            both = [right_of(of, inference) for of in (transfer, direct)]
+            few = min(map(len, both))  # num_attack_examples may name one of them
+            rows.append([f'`{ours.name}`', f'`{inference}`',
+                         *(formats.accuracy(result_of(of, inference), n)
+                           for of in (direct, transfer)),
+                         formats.difference(*paired_difference(*(of[:few] for of in both)))])
+    return rows
+
+
 def judging(attack):
     """Returns the modes that judge where only pn and bn_shaping are shown.
 
@@ -226,6 +246,12 @@ def check_clean_samples(config, data, ratio):
     if k > most:
         raise UserError(f'shaping_batch_size is {size}, {k} of them clean samples at {ratio}:1; '
                         f'expected at most {most}, half the training images')
+
+
+def check_neighbours(config, data):
+    """Raises UserError unless there are clean samples for a batch of QUERIES queries."""
+    ratio = config['inference_shaping_ratio']
+    check_clean_samples({**config, 'shaping_batch_size': QUERIES * (ratio + 1)}, data, ratio)
 
 
 def check_shaping_attack(config, data):
@@ -313,6 +339,18 @@ TABLES = {
         (SHAPED,),
         ['attack', '`pn`', '`bn_shaping`', 'difference', 'paper'],
         gap_rows, ACCURACY + DIFFERENCES),
+    'transfer': Table(
+        'The strongest attack, made on the model of another seed',
+        tuple(training._replace(seed=seed) for training in (DEFAULT, SHAPED) for seed in SEEDS),
+        ['judged: training', 'inference', '`adaptive`, made on it',
+         f'`transfer`, made on that of seed {SEEDS[1] + 1}', 'difference'],
+        transfer_rows, ACCURACY + DIFFERENCES),
+    'neighbours': Table(
+        'Victims whose batch an attacker shares',
+        (DEFAULT, SHAPED),
+        neighbours.HEADER, neighbours.neighbour_rows,
+        f'victims: {FIRST}; accuracy in %; victims turned in %, [95% Wilson intervals]',
+        neighbours.NUM_VICTIMS, neighbours.NOTE, checks=(check_neighbours,)),
     'checks': Table(
         'Checks of the attacks',
         checks.CHECKED,

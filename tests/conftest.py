@@ -84,6 +84,13 @@ def small_model():
 
 
 @pytest.fixture
+def transfer_from(small_model, tmp_path):
+    """The configuration's entry that names small_model, stored, as the model of `transfer`."""
+    small_model.save_madry_checkpoint(tmp_path / 'source' / 'checkpoint-7', global_step=7)
+    return {'transfer_from': str(tmp_path / 'source')}
+
+
+@pytest.fixture
 def small_config():
     """f(key=value, ...) -> the configuration of a quick run on the synthetic set."""
     def make(**settings):

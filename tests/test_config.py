@@ -405,7 +405,7 @@ def test_what_may_change_when_a_training_is_resumed():
         'num_summary_steps', 'num_checkpoint_steps', 'num_eval_examples', 'eval_batch_size',
         'eval_on_cpu', 'store_adv_path', 'inference_shaping_ratio', 'shaping_batch_size', 'xla',
         'fgsm_epsilon', 'apgd_num_steps', 'num_restarts', 'eot_draws', 'square_queries',
-        'num_attack_examples',
+        'num_attack_examples', 'transfer_from',
         'num_recordings', 'recorded_samples'}
 
 
@@ -413,12 +413,13 @@ def test_what_an_attacks_accuracy_depends_on():
     config = load_config()
     nothing = {'model_dir', 'data_path', 'num_output_steps', 'num_summary_steps',
                'num_checkpoint_steps', 'eval_on_cpu', 'store_adv_path', 'xla', 'distribution',
-               'batch_norms', 'num_attack_examples'}
+               'batch_norms', 'num_attack_examples', 'transfer_from'}
     younger = {'attack_norms': 'fixed', 'num_recordings': 7, 'recorded_samples': 7,
                'num_validation_examples': 7, 'trades_xent': 'natural'}
     of_some = {'fgsm_epsilon', 'apgd_num_steps', 'num_restarts', 'eot_draws', 'square_queries'}
     for attack, own in ((None, set()), ('pgd', set()), ('fgsm', {'fgsm_epsilon'}),
                         ('apgd', {'apgd_num_steps', 'num_restarts'}),
+                        ('transfer', {'apgd_num_steps', 'num_restarts'}),
                         ('square', {'square_queries'}),
                         ('apgd_eot', {'apgd_num_steps', 'eot_draws'})):
         old = set(SCHEMA) - nothing - of_some - set(younger) | own

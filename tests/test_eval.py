@@ -25,8 +25,9 @@ def test_wilson_intervals_are_those_of_the_literature(correct, n, low, high):
     assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_every_attack_stays_in_its_ball_and_leaves_the_model_alone(small_model, small_config, data):
-    config = small_config()
+def test_every_attack_stays_in_its_ball_and_leaves_the_model_alone(
+        small_model, small_config, data, transfer_from):
+    config = small_config(**transfer_from)
     images = data.eval_data.xs
     before = [v.numpy().copy() for v in small_model.variables]
     for name in ATTACKS:
@@ -38,7 +39,7 @@ def test_every_attack_stays_in_its_ball_and_leaves_the_model_alone(small_model, 
             assert x_adv.shape == (end - start, 32, 32, 3)
             assert perturbation_fault(images[start:end], x_adv, settings['epsilon']) is None
             changed = (x_adv != images[start:end]).reshape(end - start, -1).mean(axis=1)
-            if name in ('apgd', 'adaptive'):  # they leave what is answered wrongly as it is
+            if name in ('apgd', 'adaptive', 'transfer'):  # what is answered wrongly stays as it is
                 assert 0 < (changed > 0.5).sum() < end - start
                 continue
             assert (changed > 0.5).all() == (name not in ('clean', 'deepfool'))  # each is attacked
@@ -68,10 +69,11 @@ def test_an_eval_batch_that_does_not_fit_the_shaping_attack_is_named(
         make_attack('shaping', small_model, data, small_config(eval_batch_size=18))
 
 
-def test_results_hold_every_cell_and_the_stated_fields(small_model, small_config, data):
+def test_results_hold_every_cell_and_the_stated_fields(
+        small_model, small_config, data, transfer_from):
     few = dict.fromkeys([*DIRECT, 'random', 'apgd'], 20)
     config = small_config(num_attack_examples={**few, 'pgd': 1000}, num_recordings=5,
-                          apgd_num_steps=2, eot_draws=1, square_queries=3)
+                          apgd_num_steps=2, eot_draws=1, square_queries=3, **transfer_from)
     before = [v.numpy().copy() for v in small_model.variables]
     attacks = [name for name in ATTACKS if name != 'cw']
     results = evaluate(small_model, data, config, attacks, INFERENCE_MODES)
@@ -96,7 +98,8 @@ def test_results_hold_every_cell_and_the_stated_fields(small_model, small_config
         settings = cells['worst in ball, slow too', mode]['attack_settings']
         assert settings['adaptive']['norms'] == mode and settings['pgd']['norms'] == 'pn'
         for attack in attacks:
-            expected = attack not in (*DIRECT, 'clean') and (mode != 'pn' or attack == 'shaping')
+            expected = attack == 'transfer' or attack not in (*DIRECT, 'clean') and (
+                mode != 'pn' or attack == 'shaping')
             assert ('transferred' in cells[attack, mode]['flags']) == expected
         assert ('random answer' in cells['clean', mode]['flags']) == (mode in FORMS)
     # What an example costs: image gradients, or queries

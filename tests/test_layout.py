@@ -82,8 +82,8 @@ def test_rooms_have_no_rooms():
 
 
 def test_an_attack_is_one_file_and_one_line():
-    """Every file of attacks/ has its line in the table."""
-    files = {name for name in modules() if name.startswith('attacks.')}
+    """Every file of attacks/ has its line; but neighbours.py does not change what is judged."""
+    files = {name for name in modules() if name.startswith('attacks.')} - {'attacks.neighbours'}
     assert {f'attacks.{maker.partition(".")[0]}' for maker in ATTACKS.values()} == files
     for file, maker in (maker.split('.') for maker in ATTACKS.values()):
         tree = ast.parse(Path(ROOT, 'attacks', f'{file}.py').read_text())

@@ -1,0 +1,60 @@
+"""Neighbours: who owns other queries of a batch moves the norms that a victim's query meets.
+
+No line of ATTACKS: the image that is judged, the victim's, is never changed. What it asks is which
+inference may serve several people at once. paper/neighbours.py makes its table.
+"""
+import numpy as np
+import tensorflow as tf
+
+from attacks.apgd import APGDAttack, strongest
+from shaping import MAX_GRADIENT_IMAGES
+
+QUERIES = 10     # in a batch that several share: the victim's, then the helpers', then bystanders'
+ANY_IMAGE = 255.  # epsilon of helpers that may be any image
+
+
+class NeighboursAttack(APGDAttack):
+    """Auto-PGD on the loss of a batch's first query, with respect to the pixels of its helpers.
+
+    Each query of a batch is given the victim's logits. So loss, step size and what is kept are the
+    victim's in all of them, and its helpers move together.
+
+    Args:
+        inference: a shaping.Inference whose batches hold QUERIES queries each.
+        epsilon: of the helpers' balls in pixels; ANY_IMAGE: no other bound than [0, 255].
+        num_steps: steps, one gradient more.
+    """
+
+    def __init__(self, inference, epsilon, num_steps):
+        def logits_of_victims(x, drawn):
+            return tf.repeat(inference.logits(x, drawn)[::QUERIES], QUERIES, axis=0)
+
+        super().__init__(logits_of_victims, ['xent'], epsilon, num_steps)
+        self.inference = inference
+
+    def move_norms(self, x_nat, y, seed, query, num_helpers, weaker=()):
+        """Returns batches with the strongest helpers that were found, float32 [b, 32, 32, 3].
+
+        The attacker is the strongest there is: it has the weights, the victims' images and labels,
+        and the draw that answers. Helpers start from noise. It costs num_steps + 1 gradients of a
+        whole batch, its clean samples included, for each victim that is not turned already.
+
+        Args:
+            x_nat: [b, 32, 32, 3] in [0, 255], batches of QUERIES, the victim first. y: [b], the
+                victim's label in all its batch.
+            seed: an int. query: the number under which the inference will answer x_nat.
+            num_helpers: the queries 1 to num_helpers of each batch are the attacker's.
+            weaker: results of attackers who may do less, one of which is kept where it is stronger.
+        """
+        x_nat, draw, found = x_nat.astype(np.float32), self.inference.known(query), []
+        is_helper = (np.arange(len(x_nat)) - 1) % QUERIES < num_helpers
+        for part in self.inference.parts(len(x_nat), MAX_GRADIENT_IMAGES):
+            some = slice(part.start, part.end)
+            drawn = self.inference.drawn(part, draw)[None]
+            x = strongest([x_nat[some], *(x[some] for x in weaker)], self, y[some], drawn)
+            if np.any(self.judge(x, y[some], drawn)[1]):  # a victim that is answered rightly
+                x_adv, _ = self.perturb(x_nat[some], y[some], (seed, part.start), drawn[None],
+                                        'xent', active=is_helper[some])
+                x = strongest([x, x_adv], self, y[some], drawn)
+            found.append(x)
+        return np.concatenate(found)
