@@ -57,7 +57,7 @@ from running import UserError
 from running.arriving import arriving
 from running.unfinished import batches, checkpoint_digest, data_digest, path_of
 from running.untrusted import read_json
-from shaping import FORMS, form_of, make_inference, queries_of
+from shaping import FORMS, Coupled, form_of, make_inference, queries_of
 
 WORST_CASE = 'worst case'
 WORST_IN_BALL = 'worst in ball'
@@ -165,15 +165,24 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
         samples: a dict, to which evaluate_attack adds.
 
     Raises:
+        UserError: no attack can go through the inference modes.
         RuntimeError: an adversarial batch left its ball or [0, 255]: a defect, nothing is counted.
     """
     judges = make_judges(model, data, config, modes)
-    rounds = []  # all are made before the first is run: fail now
+    rounds, skipped = [], []  # all are made before the first is run: fail now
     for label, name, judging in rounds_of(attacks, modes):
         chosen = {judge: judges[judge] for judge in judges if judge[0] in judging}
         through = next(iter(chosen.values())) if name in DIRECT else None
-        attack = make_attack(name, model, data, config, num_draws, through)
+        try:
+            attack = make_attack(name, model, data, config, num_draws, through)
+        except Coupled as error:
+            skipped.append(f'{label} is skipped: {error}')
+            continue
         rounds.append((label, name, attack, chosen))
+    if not rounds:
+        raise UserError(skipped[0])
+    for line in skipped:
+        print(line, file=sys.stderr, flush=True)
 
     results, right, in_ball, settings = [], {}, {}, {mode: {} for mode in modes}
     for label, name, attack, chosen in rounds:
@@ -245,10 +254,12 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
     label = label or name
     queries = {judge: num_draws if judge[0] in FORMS else 1 for judge in judges}
     right = {judge: np.zeros([draws, n], bool) for judge, draws in queries.items()}
-    xent, in_ball, l2 = {judge: np.zeros([]) for judge in judges}, np.zeros(n, bool), np.zeros(n)
+    xent, in_ball = {judge: np.zeros([]) for judge in judges}, np.zeros(n, bool)
+    l2, num_queries = np.zeros(n), np.zeros(n)
     seconds, k = np.zeros([]), min(NUM_SAMPLES, n)
     firsts, answers = np.zeros([k, 32, 32, 3], np.float32), {j: np.zeros(k, int) for j in judges}
-    found = [*right.values(), *xent.values(), in_ball, l2, seconds, firsts, *answers.values()]
+    found = [*right.values(), *xent.values(), in_ball, l2, num_queries, seconds, firsts,
+             *answers.values()]
     for start, end in batches(kept, found, n, batch_size, label):
         x_nat, y = images[start:end].astype(np.float32), labels[start:end]
         begin = timer()
@@ -260,6 +271,7 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
         change = np.abs(x_adv - x_nat).reshape(end - start, -1)
         in_ball[start:end] = change.max(axis=1) <= config['epsilon'] + 1e-4
         l2[start:end] = np.linalg.norm(change / 255, axis=1)
+        num_queries[start:end] = getattr(perturb, 'num_queries', 0)
         firsts[start:end] = x_adv[:max(0, k - start)]
         for judge, classify in judges.items():
             for draw, query in enumerate(queries_of(start // batch_size, queries[judge])):
@@ -275,6 +287,8 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
         fooled = l2[l2 > 0]
         settings |= {'num_fooled': len(fooled),
                      'median_l2': float(np.median(fooled)) if len(fooled) else None}
+    if num_queries.any():
+        settings['num_queries'] = round(float(num_queries.mean()))
     results = [cell(name, judge, right[judge], config, {'xent': float(xent[judge]), **settings})
                for judge in judges]
     if samples is not None:
@@ -300,7 +314,8 @@ def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1)
 def worst_cases(right, in_ball, config):
     """Returns the results of the worst cases, none where there is a single attack.
 
-    They are over the examples that all attacks were run on. 'worst case' counts the test samples
+    They are over the examples that all attacks were run on, and under each judge over the attacks
+    that it judged. 'worst case' counts the test samples
     that survive every attack that was run; 'worst in ball' lets only those examples count that lie
     within epsilon, so not FGSM's at 16 nor what C&W and DeepFool find farther off.
 
@@ -313,12 +328,13 @@ def worst_cases(right, in_ball, config):
     n = min(len(v) for of_attack in in_ball.values() for v in of_attack.values())
     results = []
     for name in (WORST_CASE, WORST_IN_BALL):
-        settings = {'attacks': list(right)}
-        if name == WORST_IN_BALL:
-            settings['epsilon'] = config['epsilon']
-        for judge in next(iter(right.values())):
+        for judge in dict.fromkeys(judge for of_attack in right.values() for judge in of_attack):
+            attacks = [a for a in right if judge in right[a]]
+            settings = {'attacks': attacks}
+            if name == WORST_IN_BALL:
+                settings['epsilon'] = config['epsilon']
             survive = [right[a][judge][:, :n] | (
-                False if name == WORST_CASE else ~in_ball[a][judge][:n]) for a in right]
+                False if name == WORST_CASE else ~in_ball[a][judge][:n]) for a in attacks]
             results.append(cell(name, judge, np.all(survive, axis=0), config, settings))
     return results
 

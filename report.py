@@ -18,8 +18,8 @@ from running.unfinished import remove
 from shaping import INFERENCE_MODES
 
 # Of a row, what was found, and what says where it comes from. All else says how it was computed.
-FOUND = ('accuracy', 'interval', 'xent', 'seconds', 'num_fooled', 'median_l2', 'spread', 'range',
-         'accuracy_all_draws', 'interval_all_draws')
+FOUND = ('accuracy', 'interval', 'xent', 'seconds', 'num_fooled', 'median_l2', 'num_queries',
+         'spread', 'range', 'accuracy_all_draws', 'interval_all_draws')
 ORIGIN = ('checkpoint', 'step', 'library', 'provenance')
 DIFFERENCE_TIMES = 10  # in pictures
 
@@ -43,14 +43,16 @@ def print_table(results, modes):
     cells = {(r['attack'], r['inference']): r for r in results}
     notes = []
     for attack in dict.fromkeys(r['attack'] for r in results):
-        r = cells[attack, modes[0]]
-        row = marked(r, most)
+        by_mode = {mode: cells[attack, mode] for mode in modes if (attack, mode) in cells}
+        row = marked(next(iter(by_mode.values())), most)
         for mode in modes:
-            row += f'{shown(cells[attack, mode]):>24}'
+            row += f'{shown(by_mode[mode]) if mode in by_mode else "-":>24}'
         print(row, flush=True)
-        if r.get('median_l2') is not None:
-            notes.append(f'{attack}: median L2 of the {r["num_fooled"]} perturbations that fool '
-                         f'population norms {r["median_l2"]:.4f}, pixels in [0, 1]')
+        for norms, r in {r.get('norms'): r for r in by_mode.values()}.items():
+            if r.get('median_l2') is not None:
+                queries = f'; {r["num_queries"]} queries an image' if 'num_queries' in r else ''
+                notes.append(f'{attack}: median L2 of the {r["num_fooled"]} perturbations that '
+                             f'fool {norms} {r["median_l2"]:.4f}, pixels in [0, 1]{queries}')
     draws = [r for r in results if 'num_draws' in r]
     if draws:
         print(f'Under {draws[0]["num_draws"]} draws: mean, standard deviation between draws, '

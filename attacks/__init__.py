@@ -27,11 +27,13 @@ ATTACKS = {
     'apgd': 'apgd.apgd',                         # Auto-PGD, PN
     'apgd_eot': 'apgd.apgd_eot',                 # Auto-PGD through fresh draws at every step
     'square': 'square.square',                   # random search by scores, fresh draws
+    'hopskipjump': 'hopskipjump.hopskipjump',    # minimum L2 by labels alone, the draw that answers
     'random': 'random_search.random_search',     # the strongest of 1,000 perturbations: a check
 }
 # They go through the inference that judges them, and are made anew for each: 'direct'
-DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd_eot', 'square')
-MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
+DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd_eot', 'square', 'hopskipjump')
+# They look for the smallest perturbation, whatever epsilon is
+MINIMUM_NORM = ('cw', 'deepfool', 'hopskipjump')
 
 
 def make_attack(name, model, data, config, num_draws=1, inference=None):
