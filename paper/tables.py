@@ -6,7 +6,7 @@ from typing import NamedTuple
 from attacks import DIRECT
 from attacks.shaping import check_batch
 from eval import WORST_IN_BALL, worst_cases
-from paper import checks, claims, experiments, formats, plots
+from paper import checks, claims, experiments, formats, plots, scales
 from paper.cells import from_digits, result_of, right_of
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
@@ -305,6 +305,11 @@ TABLES = {
         checks.CHECKED,
         checks.CHECKS_HEADER, checks.check_rows,
         FIRST + ', {all} in the last six rows; accuracy in %' + DIFFERENCES, checks.MAX_EXAMPLES),
+    'scales': Table(
+        'C&W, DeepFool and FGSM with the same numbers on pixels of [0, 1] and of [0, 255]',
+        checks.CHECKED,
+        scales.HEADER, scales.scale_rows,
+        FIRST + '; accuracy in %, [95% Wilson intervals]', scales.MAX_EXAMPLES, scales.NOTE),
     'claims': Table(
         "The paper's claims that compare two of its numbers",
         tuple(dict.fromkeys(of.training for claim in CLAIMS for of in (claim.higher, claim.lower))),

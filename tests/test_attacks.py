@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks import apgd, hopskipjump, make_attack, random_search, square
+from attacks import apgd, hopskipjump, make_attack, minimum_norm, random_search, square
 from attacks.adaptive import AdaptivePGD
 from attacks.minimum_norm import minimum_norm_attack
 from cifar10_input import CIFAR10Data
@@ -46,6 +46,20 @@ def test_minimum_norm_attacks_find_the_nearest_boundary(linear, name, excess):
     found = np.linalg.norm((x_adv - images).reshape(6, -1), axis=1) / 255
     assert (found >= distances * 0.999).all() and (found <= distances * (1 + excess)).all()
     assert settings['epsilon'] is None and settings['norms'] == 'pn'
+
+
+def test_on_pixels_of_0_to_255_cw_gives_up_and_deepfool_does_not(linear, monkeypatch):
+    """Where the boundary is several pixels off; see paper/scales.py."""
+    monkeypatch.setitem(minimum_norm.CLEVERHANS_CW, 'num_steps', 100)
+    model, images, labels, _ = linear
+    def far(x, training=True, **_):
+        return model(x) + 3 * tf.one_hot(labels, 3)
+    moved = {}
+    for name, scale in (('cw', 1), ('cw', 255), ('deepfool', 255)):
+        attack, settings = minimum_norm_attack(name, far, images, labels, scale)
+        moved[name, scale] = (attack(0, 6).numpy() != images).any((1, 2, 3))
+        assert settings.get('scale', 1) == scale
+    assert moved['cw', 1].all() and moved['deepfool', 255].all() and not moved['cw', 255].any()
 
 
 def test_random_is_the_strongest_of_its_draws_and_weaker_than_pgd(
