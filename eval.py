@@ -61,7 +61,7 @@ from running import UserError
 from running.arriving import arriving
 from running.unfinished import batches, checkpoint_digest, data_digest, path_of
 from running.untrusted import read_json
-from shaping import FORMS, form_of, make_inference, queries_of
+from shaping import FORMS, Coupled, form_of, make_inference, queries_of
 
 WORST_IN_BALL = 'worst in ball'  # over the attacks that were run on all images
 WORST_DIRECT, WORST_TRANSFERRED = 'worst in ball, direct', 'worst in ball, transferred'
@@ -179,15 +179,24 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
             restarts and draws.
 
     Raises:
+        UserError: no attack can go through the inference modes.
         RuntimeError: an adversarial batch left its ball or [0, 255]: a defect, nothing is counted.
     """
     judges = make_judges(model, data, config, modes)
-    rounds = []  # all are made before the first is run: fail now
+    rounds, skipped = [], []  # all are made before the first is run: fail now
     for label, name, judging in rounds_of(attacks, modes):
         chosen = {judge: judges[judge] for judge in judges if judge[0] in judging}
         through = next(iter(chosen.values())) if name in DIRECT else None
-        attack = make_attack(name, model, data, config, num_draws, through)
+        try:
+            attack = make_attack(name, model, data, config, num_draws, through)
+        except Coupled as error:
+            skipped.append(f'{label} is skipped: {error}')
+            continue
         rounds.append((label, name, attack, chosen))
+    if not rounds:
+        raise UserError(skipped[0])
+    for line in skipped:
+        print(line, file=sys.stderr, flush=True)
 
     results, right, in_ball, settings = [], {}, {}, {}
     for label, name, attack, chosen in rounds:
@@ -313,10 +322,12 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
     label = label or name
     queries = {judge: num_draws if judge[0] in FORMS else 1 for judge in judges}
     right = {judge: np.zeros([draws, n], bool) for judge, draws in queries.items()}
-    xent, in_ball, l2 = {judge: np.zeros([]) for judge in judges}, np.zeros(n, bool), np.zeros(n)
+    xent, in_ball = {judge: np.zeros([]) for judge in judges}, np.zeros(n, bool)
+    l2, num_queries = np.zeros(n), np.zeros(n)
     seconds, k = np.zeros([]), min(NUM_SAMPLES, n)
     firsts, answers = np.zeros([k, 32, 32, 3], np.float32), {j: np.zeros(k, int) for j in judges}
-    found = [*right.values(), *xent.values(), in_ball, l2, seconds, firsts, *answers.values()]
+    found = [*right.values(), *xent.values(), in_ball, l2, num_queries, seconds, firsts,
+             *answers.values()]
     for start, end in batches(kept, found, n, batch_size, label):
         x_nat, y = images[start:end].astype(np.float32), labels[start:end]
         begin = timer()
@@ -328,6 +339,7 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
         change = np.abs(x_adv - x_nat).reshape(end - start, -1)
         in_ball[start:end] = change.max(axis=1) <= config['epsilon'] + 1e-4
         l2[start:end] = np.linalg.norm(change / 255, axis=1)
+        num_queries[start:end] = getattr(perturb, 'num_queries', 0)
         firsts[start:end] = x_adv[:max(0, k - start)]
         for judge, classify in judges.items():
             for draw, query in enumerate(queries_of(start // batch_size, queries[judge])):
@@ -343,6 +355,8 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
         fooled = l2[l2 > 0]
         settings |= {'num_fooled': len(fooled),
                      'median_l2': float(np.median(fooled)) if len(fooled) else None}
+    if num_queries.any():
+        settings['queries'] = round(float(num_queries.mean()))
     results = [cell(name, judge, right[judge], config, {'xent': float(xent[judge]), **settings})
                for judge in judges]
     if samples is not None:
@@ -371,8 +385,9 @@ def worst_cases(right, in_ball, settings, config):
 
     First over the attacks that were run on all images, and of these over the direct ones and over
     the transferred ones, where there are both; then over all attacks, on the images that all were
-    run on. "In ball": only the examples within epsilon count, so not FGSM's at 16 nor what C&W and
-    DeepFool find farther off. None where there is a single attack.
+    run on. Under each judge over the attacks that it judged. "In ball": only the examples within
+    epsilon count, so not FGSM's at 16 nor what C&W and DeepFool find farther off. None where there
+    is a single attack.
 
     Args:
         right: {attack: {judge: bool [draws, n]}}, which are right. in_ball: {attack: {judge: bool
@@ -383,11 +398,10 @@ def worst_cases(right, in_ball, settings, config):
         return []
     sizes = {attack: min(map(len, of_attack.values())) for attack, of_attack in in_ball.items()}
     most, fewest = max(sizes.values()), min(sizes.values())
-    on_all = [attack for attack, size in sizes.items() if size == most]
     results = []
 
     def add(name, attacks_for, n, ball=True):
-        for judge in next(iter(right.values())):
+        for judge in dict.fromkeys(judge for of_attack in right.values() for judge in of_attack):
             attacks = attacks_for(judge)
             if not attacks:
                 continue
@@ -398,20 +412,27 @@ def worst_cases(right, in_ball, settings, config):
                 'attack_settings': {a: {k: v for k, v in settings[a][judge].items()
                                         if k != 'library'} for a in attacks}}))
 
+    def on_all(judge):
+        return [a for a, size in sizes.items() if size == most and judge in right[a]]
+
     def only(kind):  # with `clean`, which is neither: what is wrong already stays wrong
         def attacks_for(judge):
             kinds = {a: (doubts.is_direct(a, settings[a][judge], judge[0]),
-                         doubts.is_transferred(a, settings[a][judge], judge[0])) for a in on_all}
+                         doubts.is_transferred(a, settings[a][judge], judge[0]))
+                     for a in on_all(judge)}
             both = np.any([*kinds.values()], axis=0).all()
             return [a for a, of_a in kinds.items() if of_a[kind] or not any(of_a)] if both else []
         return attacks_for
 
-    add(WORST_IN_BALL, lambda judge: on_all, most)
+    def run(judge):
+        return [a for a in right if judge in right[a]]
+
+    add(WORST_IN_BALL, on_all, most)
     add(WORST_DIRECT, only(0), most)
     add(WORST_TRANSFERRED, only(1), most)
     if fewest < most:
-        add(WORST_OF_SLOW, lambda judge: list(right), fewest)
-    add(WORST_CASE, lambda judge: list(right), fewest, ball=False)
+        add(WORST_OF_SLOW, run, fewest)
+    add(WORST_CASE, run, fewest, ball=False)
     return results
 
 

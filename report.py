@@ -49,12 +49,13 @@ def print_table(results, modes):
     notes = []
     for attack in dict.fromkeys(r['attack'] for r in results):
         of_modes = {r['inference']: r for r in results if r['attack'] == attack}
-        r = next(iter(of_modes.values()))
-        print(marked(r, most) + ''.join(f'{in_table(of_modes.get(mode)):>24}' for mode in modes),
-              flush=True)
-        if r.get('median_l2') is not None:
-            notes.append(f'{attack}: median L2 of the {r["num_fooled"]} perturbations that fool '
-                         f'population norms {r["median_l2"]:.4f}, pixels in [0, 1]')
+        print(marked(next(iter(of_modes.values())), most)
+              + ''.join(f'{in_table(of_modes.get(mode)):>24}' for mode in modes), flush=True)
+        for norms, r in {r.get('norms'): r for r in of_modes.values()}.items():
+            if r.get('median_l2') is not None:
+                queries = f'; {r["queries"]} queries an image' if 'queries' in r else ''
+                notes.append(f'{attack}: median L2 of the {r["num_fooled"]} perturbations that '
+                             f'fool {norms} {r["median_l2"]:.4f}, pixels in [0, 1]{queries}')
     draws = [r for r in results if 'num_draws' in r]
     if draws:
         print(f'Under {draws[0]["num_draws"]} draws: mean, standard deviation between draws, '

@@ -40,6 +40,10 @@ def masked(x, x_nat, tail):
 # ---- the inference modes
 
 
+class Coupled(UserError):
+    """An inference was given whose answers depend on a batch's other images; none such will do."""
+
+
 class Part(NamedTuple):
     """Some images of a call, [start:end], that pass through the network together."""
     start: int

@@ -28,12 +28,15 @@ ATTACKS = {
     'apgd_eot': 'apgd.apgd_eot',                 # Auto-PGD through fresh draws at every step
     'square': 'square.square',                   # random search by scores, fresh draws
     'transfer': 'transfer.transfer',             # adaptive's examples, made on another model
+    'hopskipjump': 'hopskipjump.hopskipjump',    # minimum L2 by labels alone, the draw that answers
     'random': 'random_search.random_search',     # the strongest of 1,000 perturbations: a check
 }
 # They go through the inference that judges them, and are made anew for each: 'direct'. (transfer
 # goes through the same inference of another model.)
-DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd_eot', 'square', 'transfer')
-MINIMUM_NORM = ('cw', 'deepfool')  # they look for the smallest perturbation, whatever epsilon is
+DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd_eot', 'square', 'transfer',
+          'hopskipjump')
+# They look for the smallest perturbation, whatever epsilon is
+MINIMUM_NORM = ('cw', 'deepfool', 'hopskipjump')
 
 
 def make_attack(name, model, data, config, num_draws=1, inference=None):

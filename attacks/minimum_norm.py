@@ -19,10 +19,11 @@ def deepfool(model, data, config, num_draws):
     return minimum_norm_attack('deepfool', model, *eval_examples(data, config))
 
 
-def minimum_norm_attack(name, model, images, labels):
+def minimum_norm_attack(name, model, images, labels, scale=1):
     """Returns foolbox's C&W L2 or DeepFool L2 attack on the population norms, as make_attack does.
 
-    The settings are the defaults of CleverHans v2.1, which the paper used, on the [0, 1] scale:
+    The settings are the defaults of CleverHans v2.1, which the paper used, on the [0, 1] scale,
+    for which they are made:
     'cw' (its CarliniWagnerL2): 5 binary search steps, 1,000 iterations, learning rate 5e-3, initial
     constant 1e-2, confidence 0, abort early. 'deepfool' (its DeepFool): 10 candidate classes or all
     there are, overshoot 0.02, 50 iterations.
@@ -38,6 +39,10 @@ def minimum_norm_attack(name, model, images, labels):
     - foolbox's C&W looks every 100 iterations whether the loss of the whole batch went down, and
       aborts all or none; CleverHans attacks one sample at a time by default.
 
+    Args:
+        scale: the attack works on pixels of [0, scale], with the same numbers. The paper does not
+            say which scale it used. On 255, C&W gives up on nearly all images: paper/scales.py.
+
     Raises:
         UserError: foolbox is not installed.
     """
@@ -47,20 +52,21 @@ def minimum_norm_attack(name, model, images, labels):
     library = (foolbox.attacks.L2CarliniWagnerAttack if name == 'cw'
                else foolbox.attacks.L2DeepFoolAttack)
     attack = library(**{foolbox_names.get(key, key): value for key, value in settings.items()})
+    unit = 255 / scale  # in pixels of [0, 255]
     classify = tf.function(lambda x: model(x, training=False))
-    graph = tf.function(lambda x: model(255 * x, training=False))
-    fmodel = foolbox.TensorFlowModel(graph, bounds=(0, 1), device=device())
+    graph = tf.function(lambda x: model(unit * x, training=False))
+    fmodel = foolbox.TensorFlowModel(graph, bounds=(0, scale), device=device())
 
     def perturb(start, end):
         x_nat, y = tf.cast(images[start:end], tf.float32), tf.constant(labels[start:end])
-        x_adv = 255 * attack(fmodel, x_nat / 255, y, epsilons=None)[0]
+        x_adv = unit * attack(fmodel, x_nat / unit, y, epsilons=None)[0]
         right = tf.argmax(classify(x_nat), 1) == y
         fooled = tf.argmax(classify(x_adv), 1) != y
         found = tf.reduce_any(x_adv > 0, axis=[1, 2, 3])  # its C&W returns black where it fails
         return tf.where((right & fooled & found)[:, None, None, None], x_adv, x_nat)
 
     return perturb, {'epsilon': None, 'norms': 'pn', 'library': f'foolbox {foolbox.__version__}',
-                     **settings}
+                     **settings, **({} if scale == 1 else {'scale': scale})}
 
 
 def device():

@@ -8,7 +8,7 @@ from attacks.neighbours import QUERIES
 from attacks.shaping import check_batch
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
                   worst_cases)
-from paper import checks, claims, experiments, formats, neighbours, plots
+from paper import checks, claims, experiments, formats, neighbours, plots, scales
 from paper.cells import JUDGES, from_digits, result_of, right_in_draws, right_of
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
@@ -357,6 +357,11 @@ TABLES = {
         checks.CHECKS_HEADER, checks.check_rows,
         FIRST + f', {checks.FEW_EXAMPLES} of them in the rows of direct attacks below those of '
         'transferred `pgd`, which have {all}; accuracy in %' + DIFFERENCES, checks.MAX_EXAMPLES),
+    'scales': Table(
+        'C&W, DeepFool and FGSM with the same numbers on pixels of [0, 1] and of [0, 255]',
+        checks.CHECKED,
+        scales.HEADER, scales.scale_rows,
+        FIRST + '; accuracy in %, [95% Wilson intervals]', scales.MAX_EXAMPLES, scales.NOTE),
     'claims': Table(
         "The paper's claims that compare two of its numbers",
         tuple(dict.fromkeys(of.training for claim in CLAIMS

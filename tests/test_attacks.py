@@ -3,14 +3,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks import apgd, make_attack, random_search, square
+from attacks import apgd, hopskipjump, make_attack, minimum_norm, random_search, square
 from attacks.adaptive import AdaptivePGD
 from attacks.minimum_norm import minimum_norm_attack
 from cifar10_input import CIFAR10Data
 from pgd_attack import LinfPGDAttack
 from running import UserError
 import train
-from shaping import DRAW, INFERENCE_MODES, ShapedInference, make_inference
+from shaping import (DRAW, INFERENCE_MODES, Coupled, Inference, ShapedInference,
+                     make_inference)
 
 RNG = np.random.default_rng(0)
 NOTHING_DRAWN = np.zeros([1, 1, 1, 0], np.int32)
@@ -47,6 +48,20 @@ def test_minimum_norm_attacks_find_the_nearest_boundary(linear, name, excess):
     assert settings['epsilon'] is None and settings['norms'] == 'pn'
 
 
+def test_on_pixels_of_0_to_255_cw_gives_up_and_deepfool_does_not(linear, monkeypatch):
+    """Where the boundary is several pixels off; see paper/scales.py."""
+    monkeypatch.setitem(minimum_norm.CLEVERHANS_CW, 'num_steps', 100)
+    model, images, labels, _ = linear
+    def far(x, training=True, **_):
+        return model(x) + 3 * tf.one_hot(labels, 3)
+    moved = {}
+    for name, scale in (('cw', 1), ('cw', 255), ('deepfool', 255)):
+        attack, settings = minimum_norm_attack(name, far, images, labels, scale)
+        moved[name, scale] = (attack(0, 6).numpy() != images).any((1, 2, 3))
+        assert settings.get('scale', 1) == scale
+    assert moved['cw', 1].all() and moved['deepfool', 255].all() and not moved['cw', 255].any()
+
+
 def test_random_is_the_strongest_of_its_draws_and_weaker_than_pgd(
         linear, small_config, monkeypatch):
     model, images, labels, _ = linear
@@ -71,6 +86,51 @@ def test_samples_that_are_wrong_already_come_back_as_they_are(linear):
     attack, _ = minimum_norm_attack('deepfool', model, images, wrong)
     x_adv = attack(0, 6).numpy()
     assert (x_adv[::2] == images[::2]).all() and (x_adv[1::2] != images[1::2]).any()
+
+
+def test_hopskipjump_finds_the_nearest_boundary_by_labels_alone(monkeypatch):
+    """Small images, as its directions take as many queries as there are pixels. What is wrong
+    already comes back as it is, and is in no other image's way."""
+    monkeypatch.setitem(hopskipjump.SETTINGS, 'num_steps', 8)
+    rng, n = np.random.default_rng(0), 12
+    images = rng.integers(0, 256, (n, 8, 8, 3), np.uint8)
+    direction = rng.normal(size=8 * 8 * 3).astype(np.float32)
+    def model(x, **_):  # two classes, their boundary in the middle of the images
+        lead = tf.reshape(x - images.mean(0), [-1, 8 * 8 * 3]) @ direction[:, None]
+        return tf.concat([lead, -lead], axis=1)
+    lead = model(images.astype(np.float32)).numpy()[:, 0]
+    labels, wrong = (lead < 0).astype(int), np.arange(n) < 2
+    distances = np.abs(lead) / np.linalg.norm(direction) / 255
+    attack = hopskipjump.HopSkipJump(Inference(model, 'pn'), images,
+                                     np.where(wrong, 1 - labels, labels), n, 0)
+    x_adv = attack(0, n).numpy()
+    assert x_adv.min() >= 0 and x_adv.max() <= 255 and (x_adv[wrong] == images[wrong]).all()
+    assert (np.argmax(model(x_adv), 1) != labels)[~wrong].all()
+    found = np.linalg.norm((x_adv - images).reshape(n, -1), axis=1) / 255
+    assert (found >= distances * 0.999)[~wrong].all()
+    assert np.median((found / distances)[~wrong]) < 1.25  # 50 steps come closer
+    assert 1600 < attack.num_queries < 2000  # for the gradients 100 sqrt(t) at step t: 1,628
+    assert (x_adv == attack(0, n).numpy()).all()
+
+
+def test_hopskipjump_leaves_what_has_no_start_and_refuses_shared_norms(
+        linear, small_model, small_config, data, monkeypatch):
+    monkeypatch.setitem(hopskipjump.SETTINGS, 'num_steps', 1)
+    _, images, _, _ = linear
+    def constant(x, **_):
+        return tf.repeat([[1., 0., 0.]], len(x), axis=0)
+    attack = hopskipjump.HopSkipJump(Inference(constant, 'pn'), images, np.zeros(6, int), 6, 0)
+    assert (attack(0, 6).numpy() == images).all()
+    for mode, size, coupled in (('bn', 10, True), ('bn_shaping', 20, True),
+                                ('bn_shaping', 10, False)):
+        config = small_config(shaping_batch_size=size)
+        inference = make_inference(small_model, mode, data, config)
+        if coupled:
+            with pytest.raises(Coupled, match=f'under {mode} the images of a batch share their'):
+                make_attack('hopskipjump', small_model, data, config, 1, inference)
+        else:
+            _, settings = make_attack('hopskipjump', small_model, data, config, 1, inference)
+            assert settings['epsilon'] is None and settings['norms'] == mode
 
 
 def test_settings_are_cleverhans_defaults(linear):

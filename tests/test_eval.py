@@ -6,12 +6,13 @@ import pytest
 import tensorflow as tf
 
 from pgd_attack import perturbation_fault
-from attacks import ATTACKS, DIRECT, make_attack
+from attacks import ATTACKS, DIRECT, hopskipjump, make_attack
 from running import UserError
 from config import choice
 import doubts
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
                   check_attack, evaluate, wilson_interval)
+from report import print_table
 from shaping import FORMS, INFERENCE_MODES, Inference
 
 WORST = [WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW, WORST_CASE]
@@ -31,8 +32,8 @@ def test_every_attack_stays_in_its_ball_and_leaves_the_model_alone(
     images = data.eval_data.xs
     before = [v.numpy().copy() for v in small_model.variables]
     for name in ATTACKS:
-        if name == 'cw':
-            continue  # a thousand iterations five times over: see test_attacks.py
+        if name in ('cw', 'hopskipjump'):
+            continue  # a thousand iterations five times over, 25,000 queries: see test_attacks.py
         attack, settings = make_attack(name, small_model, data, config)
         for start, end in ((0, 20), (40, 50)):
             x_adv = np.asarray(attack(start, end))
@@ -75,7 +76,7 @@ def test_results_hold_every_cell_and_the_stated_fields(
     config = small_config(num_attack_examples={**few, 'pgd': 1000}, num_recordings=5,
                           apgd_num_steps=2, eot_draws=1, square_queries=3, **transfer_from)
     before = [v.numpy().copy() for v in small_model.variables]
-    attacks = [name for name in ATTACKS if name != 'cw']
+    attacks = [name for name in ATTACKS if name not in ('cw', 'hopskipjump')]
     results = evaluate(small_model, data, config, attacks, INFERENCE_MODES)
     cells = {(r['attack'], r['inference']): r for r in results}
     # Of the attacks on all images, the direct ones are PGD and the like, under `pn`
@@ -93,7 +94,7 @@ def test_results_hold_every_cell_and_the_stated_fields(
     assert cells['adaptive', 'bn_shaping']['shaping_batch_size'] == 100
     assert cells['pgd', 'bn_recorded']['num_recordings'] == 5
     for mode in INFERENCE_MODES:  # each is judged by the norms that it goes through
-        for attack in DIRECT:
+        for attack in set(DIRECT) & set(attacks):
             assert cells[attack, mode]['norms'] == mode
         settings = cells['worst in ball, slow too', mode]['attack_settings']
         assert settings['adaptive']['norms'] == mode and settings['pgd']['norms'] == 'pn'
@@ -107,6 +108,28 @@ def test_results_hold_every_cell_and_the_stated_fields(
     assert cells['adaptive_pgd', 'bn_shaping']['gradients'] == 20
     assert cells['adaptive', 'bn_recorded']['gradients'] == 3 * 3
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
+
+
+def test_an_attack_is_skipped_where_images_share_norms_and_run_elsewhere(
+        small_model, small_config, data, monkeypatch, capsys):
+    monkeypatch.setitem(hopskipjump.SETTINGS, 'num_steps', 1)
+    config, attacks = small_config(num_eval_examples=10, num_recordings=3), ['clean', 'hopskipjump']
+    results = evaluate(small_model, data, config, attacks, INFERENCE_MODES)
+    told = capsys.readouterr().err.splitlines()
+    for mode, line in zip(('bn', 'bn_shaping'), told, strict=True):
+        assert line.startswith(f'hopskipjump through {mode} is skipped: ')
+    cells = {(r['attack'], r['inference']): r for r in results}
+    made = {mode for attack, mode in cells if attack == 'hopskipjump'}
+    assert made == {'pn', 'bn_recorded'}
+    assert cells['worst case', 'bn']['attacks'] == ['clean']
+    assert cells['worst case', 'pn']['attacks'] == attacks
+    assert cells['hopskipjump', 'pn']['queries'] > 100
+    print_table(results, INFERENCE_MODES)
+    shown = capsys.readouterr().out
+    row, = (line for line in shown.splitlines() if line.startswith('hopskipjump '))
+    assert row[22:46].strip() == row[70:94].strip() == '-' and ' [' in row[46:70]
+    with pytest.raises(UserError, match='hopskipjump through bn is skipped: .* expected pn'):
+        evaluate(small_model, data, config, ['hopskipjump'], ['bn'])
 
 
 @pytest.fixture

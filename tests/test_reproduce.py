@@ -12,7 +12,8 @@ import tensorflow as tf
 from attacks import ATTACKS
 from config import load_config, store_config
 from conftest import ROOT
-from paper import cells, checks, claims, experiments, intervals, population_norms, published, tables
+from paper import (cells, checks, claims, experiments, intervals, population_norms, published,
+                   scales, tables)
 from paper.cells import NUM_DRAWS, Evaluations, StoredEvaluations, right_in_draws, right_of
 from paper.published import (ADV_ONLY, CLOSE, INFERENCE_RATIOS, INFERENCES, MODES, MORE, NO_MORE,
                              NORM_SHAPING, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, SAME,
@@ -275,7 +276,8 @@ def test_a_table_is_one_record(sections):
     """Each row is as wide as its header, and each file has a name of its own."""
     plots = [plot for table in TABLES.values() for plot in table.plots]
     assert len({*plots, *TABLES}) == len(plots) + len(TABLES)
-    assert {Path(name).stem for name in sections} >= set(TABLES) - {'transfer', 'neighbours'}
+    assert {Path(name).stem for name in sections} >= set(TABLES) - {
+        'transfer', 'neighbours', 'scales'}
     for name, (_, made) in sections.items():
         widths = {line.count(' | ') for line in made.splitlines() if line.startswith('| ')}
         assert widths == {len(TABLES[Path(name).stem].header) - 1}, name
@@ -581,3 +583,28 @@ def test_mistakes_are_told_in_one_line(arguments, settings, fault, tmp_path):
         *TINY, f'model_dir={tmp_path}/m', *settings])
     assert status == 2 and len(errors) == 1 and re.search(fault, errors[0])
     assert not (tmp_path / 'm').exists()
+
+
+def test_scales_show_each_training_and_scale_and_are_kept(evaluations, monkeypatch):
+    """C&W played by FGSM, which moves every image."""
+    calls = []
+    def played(name, model, images, labels, scale):
+        calls.append((name, scale, len(images)))
+        attack = LinfPGDAttack(model, 8 / scale, 1, 8 / scale, False, 'xent', False)
+        return lambda start, end: attack.perturb(images[start:end], labels[start:end], 0), {
+            'epsilon': None, 'norms': 'pn'}
+    monkeypatch.setattr(scales, 'minimum_norm_attack', played)
+    monkeypatch.setattr(scales, 'NUM_CW_EXAMPLES', 10)
+    names = tables.trainings_of([TABLES['scales']], evaluations.config)
+    rows = scales.scale_rows(evaluations.config, dict.fromkeys(names, evaluations))
+    assert len(names) == 6 and len(rows) == 6 * 7
+    assert sorted(calls) == [('cw', 1, 10), ('cw', 255, 10), ('deepfool', 1, 20),
+                             ('deepfool', 255, 20)]  # six trainings share this model: kept
+    cw, small, deepfool = rows[:3]
+    assert cw[1:3] == ['cw', '[0, 1]'] and cw[3].endswith('(n = 10)') and cw[4] == '10 of 10'
+    assert float(cw[5]) > 100 * float(small[5]) > 0 and deepfool[4] == '20 of 20'
+    assert [row[1:3] for row in rows[4:7]] == [
+        ['fgsm, epsilon 0.3', '[0, 1]'], ['fgsm, epsilon 0.3', '[0, 255]'],
+        ['fgsm, epsilon 16', '[0, 255]']]
+    assert [row[-1] for row in rows[:7:2]] == ['82.1', '7.1', '37.6', '37.6']
+    assert set(published.NOT_COMPARABLE) <= set(PAPER_ATTACKS)
