@@ -65,8 +65,11 @@ def minimum_norm_attack(name, model, images, labels, scale=1):
         found = tf.reduce_any(x_adv > 0, axis=[1, 2, 3])  # its C&W returns black where it fails
         return tf.where((right & fooled & found)[:, None, None, None], x_adv, x_nat)
 
+    gradients = settings['num_steps'] * (settings['binary_search_steps'] if name == 'cw'
+                                         else settings['candidates'] - 1)
     return perturb, {'epsilon': None, 'norms': 'pn', 'library': f'foolbox {foolbox.__version__}',
-                     **settings, **({} if scale == 1 else {'scale': scale})}
+                     **settings, **({} if scale == 1 else {'scale': scale}),
+                     'gradients': gradients}
 
 
 def device():

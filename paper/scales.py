@@ -62,9 +62,9 @@ def at_scale(of_training, name, scale, n):
     def compute(unfinished):
         model, data = of_training.load(), of_training.data
         attack = minimum_norm_attack(name, model, *eval_examples(data, config), scale)
-        results, right, in_ball = evaluate_attack(
+        results, _, in_ball = evaluate_attack(
             name, attack, data, config, make_judges(model, data, config, ['pn']), 1, unfinished)
-        return {'results': results, 'right': [as_digits(flags[0]) for flags in right.values()],
+        return {'results': results, 'right': [result.pop('right')[0] for result in results],
                 'in_ball': as_digits(in_ball)}
 
     return of_training.get(f'{name}-scale-{scale}', {**relevant(config, name), 'scale': scale},

@@ -127,7 +127,7 @@ def test_an_attack_is_skipped_where_images_share_norms_and_run_elsewhere(
     print_table(results, INFERENCE_MODES)
     shown = capsys.readouterr().out
     row, = (line for line in shown.splitlines() if line.startswith('hopskipjump '))
-    assert row[22:46].strip() == row[70:94].strip() == '-' and ' [' in row[46:70]
+    assert row[34:58].strip() == row[82:106].strip() == '-' and ' [' in row[58:82]
     with pytest.raises(UserError, match='hopskipjump through bn is skipped: .* expected pn'):
         evaluate(small_model, data, config, ['hopskipjump'], ['bn'])
 
