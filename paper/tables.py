@@ -6,7 +6,7 @@ from typing import NamedTuple
 from attacks import DIRECT
 from attacks.shaping import check_batch
 from eval import WORST_IN_BALL, worst_cases
-from paper import checks, claims, experiments, formats, plots
+from paper import binarization, checks, claims, experiments, formats, plots
 from paper.cells import from_digits, result_of, right_of
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
@@ -305,6 +305,12 @@ TABLES = {
         checks.CHECKED,
         checks.CHECKS_HEADER, checks.check_rows,
         FIRST + ', {all} in the last six rows; accuracy in %' + DIFFERENCES, checks.MAX_EXAMPLES),
+    'binarization': Table(
+        'The binarization test: planted adversarial examples that the attacks find',
+        (DEFAULT, SHAPED),
+        binarization.HEADER, binarization.binarization_rows,
+        FIRST + '; share of the planted examples in %, [95% Wilson intervals]',
+        max(binarization.NUM_IMAGES.values()), binarization.NOTE),
     'claims': Table(
         "The paper's claims that compare two of its numbers",
         tuple(dict.fromkeys(of.training for claim in CLAIMS for of in (claim.higher, claim.lower))),
