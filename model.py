@@ -76,7 +76,7 @@ class Model(keras.Model):
         self._build_model(tf.zeros([1, 32, 32, 3]), Norms(training=False))  # makes the variables
         self.built = True
 
-    def _build_model(self, images, norms):
+    def _build_model(self, images, norms, features=False):
         """Computes the logits. A variable is made where it is first used: in the constructor."""
         x = self.standardize(tf.cast(images, tf.float32))
         x = self._conv('input/init_conv', tf.cast(x, self.compute_type), 3, 3, self.filters[0], 1)
@@ -88,6 +88,8 @@ class Model(keras.Model):
         x = self._batch_norm('unit_last', x, norms)
         x = self._relu(x, LEAKINESS)
         x = self._global_avg_pool(tf.cast(x, tf.float32))
+        if features:
+            return x
         return self._fully_connected('logit', x, self.num_classes)
 
     def _batch_norm(self, name, x, norms):
@@ -174,7 +176,7 @@ class Model(keras.Model):
     # ---- beyond the original's file: calls, variables, checkpoints
 
     def call(self, images, training=True, num_groups=1, update_population_norms=False,
-             norms_from=None, recorded=None, ratio=None):
+             norms_from=None, recorded=None, ratio=None, features=False):
         """Computes the logits of a batch.
 
         Args:
@@ -194,12 +196,14 @@ class Model(keras.Model):
             ratio: with `recorded`, normalizes each image by the mixture of a recording and its own
                 statistics, ratio:1; recorded means and variances are then [b, channels], a
                 recording for each image.
+            features: returns what the last dense layer is given, [b, channels], in place of the
+                logits.
 
         Returns:
             logits [b, num_classes], float32.
         """
         return self._build_model(images, Norms(
-            training, num_groups, update_population_norms, norms_from, recorded, ratio))
+            training, num_groups, update_population_norms, norms_from, recorded, ratio), features)
 
     def record(self, images, update_population_norms=False):
         """Returns the statistics of a batch at every normalization, one forward pass with BN.

@@ -8,7 +8,8 @@ from attacks.neighbours import QUERIES
 from attacks.shaping import check_batch
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
                   worst_cases)
-from paper import checks, claims, experiments, formats, neighbours, plots, scales
+from paper import (binarization, checks, claims, experiments, formats, neighbours, plots,
+                   scales)
 from paper.cells import JUDGES, from_digits, result_of, right_in_draws, right_of
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
@@ -362,6 +363,12 @@ TABLES = {
         checks.CHECKED,
         scales.HEADER, scales.scale_rows,
         FIRST + '; accuracy in %, [95% Wilson intervals]', scales.MAX_EXAMPLES, scales.NOTE),
+    'binarization': Table(
+        'The binarization test: planted adversarial examples that the attacks find',
+        (DEFAULT, SHAPED),
+        binarization.HEADER, binarization.binarization_rows,
+        FIRST + '; share of the planted examples in %, [95% Wilson intervals]',
+        max(binarization.NUM_IMAGES.values()), binarization.NOTE),
     'claims': Table(
         "The paper's claims that compare two of its numbers",
         tuple(dict.fromkeys(of.training for claim in CLAIMS

@@ -277,7 +277,7 @@ def test_a_table_is_one_record(sections):
     plots = [plot for table in TABLES.values() for plot in table.plots]
     assert len({*plots, *TABLES}) == len(plots) + len(TABLES)
     assert {Path(name).stem for name in sections} >= set(TABLES) - {
-        'transfer', 'neighbours', 'scales'}
+        'transfer', 'neighbours', 'scales', 'binarization'}  # not stored yet
     for name, (_, made) in sections.items():
         widths = {line.count(' | ') for line in made.splitlines() if line.startswith('| ')}
         assert widths == {len(TABLES[Path(name).stem].header) - 1}, name
@@ -564,7 +564,8 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
 @pytest.mark.parametrize('arguments, settings, fault', [
     ([], [], 'nothing to reproduce; expected one or more of table1, table2'),
     (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, shifts, "
-                     'sweeps, seeds, norms, gap, transfer, neighbours, checks, claims, all'),
+                     'sweeps, seeds, norms, gap, transfer, neighbours, checks, scales, '
+                     'binarization, claims, all'),
     (['table1'], ['training_mode=natural'], 'training_mode must be shaping_in_attack_and_training '
      'and adversary pgd, as the tables vary them, got natural and pgd'),
     (['gap'], ['shaping_batch_size=5560', 'eval_batch_size=1000'],
