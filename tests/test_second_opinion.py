@@ -4,6 +4,8 @@ import numpy as np
 import tensorflow as tf
 
 from pgd_attack import LinfPGDAttack
+from second_opinion import foolbox_attack, pgd_eot, under_fresh_draws
+from shaping import make_inference
 
 
 def test_foolboxs_pgd_makes_the_same_images(madry_model, golden):
@@ -24,3 +26,16 @@ def test_foolboxs_fgsm_makes_the_same_images(madry_model, golden):
                                      device='/CPU:0')
     _, x_adv, _ = theirs(fmodel, x_nat, y, epsilons=16)
     assert np.mean(ours.numpy() == x_adv.numpy()) >= 0.99
+
+
+def test_foolboxs_pgd_over_draws_makes_the_same_images_where_all_draws_are_equal(
+        small_model, small_config, data):
+    """One recording: each of three fresh draws is that one, so only the sums differ."""
+    config = small_config(num_recordings=1, num_steps=5, eot_draws=3, random_start=False)
+    inference = make_inference(small_model, 'bn_recorded', data, config)
+    images, labels = data.eval_data.xs[:10], data.eval_data.ys[:10]
+    ours = pgd_eot(inference, images, labels, config)(0, 10)
+    theirs = foolbox_attack('pgd_eot', under_fresh_draws(inference, 0), config)(
+        tf.cast(images, tf.float32), tf.constant(labels))
+    assert np.mean(ours.numpy() == theirs.numpy()) >= 0.99
+    assert np.abs(ours.numpy() - images).max() == 8
