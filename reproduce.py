@@ -19,6 +19,7 @@ time.
 """
 import importlib.util
 import os
+import sys
 
 from absl import flags
 
@@ -68,7 +69,13 @@ def main(words):
 
     # Evaluate what is missing; print and draw
     for name, table in tables.items():
-        text = section(table, config, evaluations)
+        try:
+            text = section(table, config, evaluations)
+        except UserError as error:
+            if not stored or name in words:
+                raise
+            print(f'{name} is left out: {error}', file=sys.stderr)  # of all that there are
+            continue
         path = os.path.join(folder, f'{name}.md')
         with replacing(path) as f:
             f.write(text)
