@@ -1,11 +1,12 @@
 """What is seen of the paper's claims: our difference on the same samples, and a verdict."""
 import math
+import textwrap
 
 from paper import formats
 from paper.cells import NUM_DRAWS, right_in_draws
 from paper.intervals import FEW_PAIRS, paired_difference
-from paper.published import (CLAIMS, CLOSE, INFERENCE_RATIOS, MORE, NO_MORE, SAME,
-                             paper_difference)
+from paper.published import (CLAIMS, CLOSE, INFERENCE_RATIOS, MORE, NO_MORE, NOT_COMPARABLE,
+                             SAME, paper_difference)
 from paper.trainings import name_of
 
 SAME_POINTS = 2   # up to which two accuracies count as the same
@@ -42,7 +43,9 @@ samples that classify the same examples. In other rows there is one draw or none
 and `adaptive_weak` always have one. Where the two differ on fewer than {FEW_PAIRS} images, the
 interval is exact and cautious. Each model is one training, and another seed's may differ by more
 (see the table of seeds). Of {len(CLAIMS)} intervals of 95%, {round(len(CLAIMS) / 20)} are expected
-to miss by chance."""
+to miss by chance.
+
+""" + textwrap.fill(f'Claims about `cw` are not comparable: {NOT_COMPARABLE["cw"]}.', 100)
 
 
 def claim_rows(config, evaluations):
@@ -55,7 +58,8 @@ def claim_rows(config, evaluations):
         a, b = right_in_both(claim, config, evaluations)
         value, interval = paired_difference(a, b)
         paper = paper_difference(claim)
-        said = verdict(paper, interval, claim.kind)
+        said = ('not comparable' if claim.higher.attack in NOT_COMPARABLE
+                else verdict(paper, interval, claim.kind))
         if not paper_shows(paper, claim.kind):
             said += "; the paper's own numbers do not show it"
         rows.append([claim.where, claim.words, paper_words(paper),

@@ -222,7 +222,7 @@ def test_claims_compare_the_same_samples(evaluations):
                '`pn`']
     assert row[2] == '+78.6' and row[3].startswith(f'{100 * (a.mean() - b.mean()):+.1f} [')
     row = rows['PGD, under `cw`: norm shaping is more robust than the default']
-    assert row[3].endswith('(n = 10, 5 draws)')
+    assert row[3].endswith('(n = 10, 5 draws)') and row[4] == 'not comparable'
     row = rows['TRADES, under `shaping`: the default is more robust than norm shaping']
     assert row[2] == '-0.9' and row[4].endswith("the paper's own numbers do not show it")
     row = rows['PGD, under `fgsm`: norm shaping is close to the best of the other trainings and '
