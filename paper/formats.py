@@ -10,11 +10,13 @@ def percent(value):
 def accuracy(result, n=None):
     """Returns '57.1 [55.3, 58.9]': accuracy and interval in percent; and how many where not n.
 
-    A 't' behind it: the examples were made under other norms than those that judge them.
+    A 't' behind it: the examples of its attack, if it has one, were made under other norms than
+    those that judge them.
     """
     low, high = result['interval']
     few = result['num_examples'] < (n or 0)
-    transferred = is_transferred(result['attack'], result, result['inference'])
+    transferred = 'attack' in result and is_transferred(result['attack'], result,
+                                                        result['inference'])
     return (f'{percent(result["accuracy"])} [{percent(low)}, {percent(high)}]'
             + (' t' if transferred else '')
             + (f' (n = {result["num_examples"]})' if few else ''))
