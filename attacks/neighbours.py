@@ -53,7 +53,7 @@ class NeighboursAttack(APGDAttack):
             drawn = self.inference.drawn(part, draw)[None]
             x = strongest([x_nat[some], *(x[some] for x in weaker)], self, y[some], drawn)
             if np.any(self.judge(x, y[some], drawn)[1]):  # a victim that is answered rightly
-                x_adv, _ = self.perturb(x_nat[some], y[some], (seed, part.start), drawn[None],
+                x_adv, = self.perturb(x_nat[some], y[some], (seed, part.start), drawn[None],
                                         'xent', active=is_helper[some])
                 x = strongest([x, x_adv], self, y[some], drawn)
             found.append(x)
