@@ -54,7 +54,7 @@ class NeighboursAttack(APGDAttack):
             x = strongest([x_nat[some], *(x[some] for x in weaker)], self, y[some], drawn)
             if np.any(self.judge(x, y[some], drawn)[1]):  # a victim that is answered rightly
                 x_adv, = self.perturb(x_nat[some], y[some], (seed, part.start), drawn[None],
-                                        'xent', active=is_helper[some])
+                                      'xent', active=is_helper[some])
                 x = strongest([x, x_adv], self, y[some], drawn)
             found.append(x)
         return np.concatenate(found)
