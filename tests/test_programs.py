@@ -117,13 +117,16 @@ def test_eval_prints_and_stores_every_cell(trained):
     assert results['config'] == {
         **read_json(f'{folder}/config.json'), 'model_dir': folder, 'apgd_num_steps': 2,
         'eot_draws': 2, 'num_recordings': 5, 'num_attack_examples': {'apgd_eot': 20}}
-    assert len(results['results']) == 36
+    worst = ['worst in ball', 'worst in ball, direct', 'worst in ball, transferred',
+             'worst in ball, slow too', 'worst case']
+    assert len(results['results']) == (len(attacks) + len(worst)) * len(INFERENCE_MODES)
+    assert results['architecture'] == 'w8-1' and results['eps'] == '8/255'
     for r in results['results']:
-        assert r['num_examples'] == (150 if r['attack'] in attacks[:-1] else 20)
+        assert r['num_examples'] == (150 if r['attack'] in attacks[:-1] + worst[:3] else 20)
         assert f'{100 * r["accuracy"]:.2f} [' in stdout
         assert ('accuracy_all_draws' in r) == (r['inference'] in ('bn_shaping', 'bn_recorded'))
-    for name in (*INFERENCE_MODES, *attacks, 'worst case', 'worst in ball', 'median L2',
-                 'Under 2 draws'):
+    for name in (*INFERENCE_MODES, *attacks, *worst, 'median L2', 'Under 2 draws',
+                 'Flag, random answer: '):
         assert name in stdout
 
 
