@@ -542,7 +542,7 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
         table = (tmp_path / 'm' / 'tables' / f'{target}.md').read_text()
         assert table in stdout
     table4 = (tmp_path / 'm' / 'tables' / 'table4.md').read_text()
-    assert len(re.findall(r'\d+\.\d \[\d+\.\d, \d+\.\d\] \(\d+\.\d\)', table4)) == 24
+    assert len(re.findall(r'\d+\.\d \[\d+\.\d, \d+\.\d\] t \(\d+\.\d\)', table4)) == 24
     assert '(81.7)' in table4 and (tmp_path / 'm' / 'tables' / 'table4_ratios.png').exists()
     status, again, errors = program('reproduce.py', *targets, settings=settings)
     assert status == 0, errors
