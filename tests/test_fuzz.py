@@ -10,6 +10,7 @@ import contextlib
 import encodings.cp437  # noqa: F401  zipfile reads names with it: not while imports are watched
 import io
 import json
+import mmap  # noqa: F401  NumPy maps files with it: likewise
 import os
 import pickletools
 import resource

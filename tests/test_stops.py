@@ -250,6 +250,8 @@ def test_an_evaluation_that_was_stopped_resumes_and_leaves_nothing_else(
     names = os.listdir(tmp_path / 'stopped')
     assert names == os.listdir(tmp_path / 'whole') and len(names) == 1  # the result, no more
     assert without_seconds(again.pop('results')) == without_seconds(whole.pop('results'))
+    for cell in (again, whole):
+        assert cell.pop('provenance')['code'] == unfinished.code()[0][:16]
     assert again == whole
 
 
