@@ -66,7 +66,7 @@ import keras
 import tensorflow as tf
 
 from cifar10_input import CIFAR10Data
-from model import BN_DECAY, BN_EPSILON, LEAKINESS, Model, build_model
+from model import BN_DECAY, BN_EPSILON, LEAKINESS, Model, build_model, network_name
 from pgd_attack import LinfPGDAttack
 from running import UserError, optional
 from shaping import MAX_GRADIENT_IMAGES, make_inference
@@ -509,8 +509,7 @@ def show_what_runs(model, config):
     num_steps = 0 if config['training_mode'] == 'natural' else config['num_steps']
     show('Device', device_name())
     show('TensorFlow', f'{tf.__version__}, XLA {"on" if use_xla(config) else "off"}')
-    show('Network', f'w{6 * model.num_residual_units + 2}-{config["width_factor"]}, '
-         f'{num_weights:,} weights, {config["precision"]}')
+    show('Network', f'{network_name(config)}, {num_weights:,} weights, {config["precision"]}')
     show('Step', f'batch {config["training_batch_size"]}, {config["training_mode"]}, '
          f'{config["adversary"]}, {num_steps} attack steps by {config["attack_norms"]} norms')
 

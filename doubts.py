@@ -3,6 +3,7 @@
 They follow AutoAttack's checks (Croce and Hein 2020) and the indicators of Pintor et al. 2022,
 "Indicators of attack failure". A flag is no proof of a fault, and no flag is no proof of strength.
 """
+import functools
 from math import comb
 
 import numpy as np
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 from config import SCHEMA
 from pgd_attack import margin
+from shaping import MAX_GRADIENT_IMAGES
 
 INDIRECT = ('shaping', 'transfer')  # their batches, or weights, are others than those that judge
 BY_GRADIENTS = ('adaptive', 'adaptive_pgd', 'apgd', 'apgd_eot', 'pgd')
@@ -49,28 +51,32 @@ def is_transferred(name, settings, mode):
 
 
 class Probe:
-    """What an inference mode is like to attack, on some clean images.
-
-    Attributes:
-        random_answers: share of the images to which two draws give other logits.
-        zero_gradients: share of the images at which the gradient of the margin is zero in every
-            pixel, under a draw that is known.
+    """What an inference mode is like to attack, on some clean images; measured when asked for.
 
     Args:
         inference: a shaping.Inference. images: [b, 32, 32, 3], pixels in [0, 255]. labels: [b].
     """
 
     def __init__(self, inference, images, labels):
-        x = tf.cast(images, tf.float32)
-        logits = [inference(x, query).numpy() for query in (0, 1)]
-        self.random_answers = float(np.mean(np.any(logits[0] != logits[1], axis=1)))
-        part, draw = inference.parts(len(images))[0], inference.known(0)
-        x, labels = x[:part.end], labels[:part.end]
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            loss = tf.reduce_sum(margin(inference.logits(x, inference.drawn(part, draw)), labels))
-        gradient = tape.gradient(loss, x)
-        self.zero_gradients = float(np.mean(~np.any(gradient != 0, axis=(1, 2, 3))))
+        self.inference, self.images, self.labels = inference, tf.cast(images, tf.float32), labels
+
+    @functools.cached_property
+    def random_answers(self):
+        """The share of the images to which two draws give other logits."""
+        logits = [self.inference(self.images, query).numpy() for query in (0, 1)]
+        return float(np.mean(np.any(logits[0] != logits[1], axis=1)))
+
+    @functools.cached_property
+    def zero_gradients(self):
+        """The share of the images where the margin's gradient is zero, under a known draw."""
+        draw, vanishes = self.inference.known(0), []
+        for part in self.inference.parts(len(self.images), MAX_GRADIENT_IMAGES):
+            x, y = self.images[part.start:part.end], self.labels[part.start:part.end]
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = margin(self.inference.logits(x, self.inference.drawn(part, draw)), y)
+            vanishes += [~np.any(tape.gradient(loss, x) != 0, axis=(1, 2, 3))]
+        return float(np.mean(np.concatenate(vanishes)))
 
 
 def fewer(strong, weak, level=LEVEL):

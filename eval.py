@@ -135,12 +135,13 @@ def evaluate_checkpoint(filename, model, data, config, request, outputs):
     print(f'Checkpoint {filename}, step {step}   ({datetime.now()})', flush=True)
 
     # Attack and classify, batch by batch
-    kept, samples = kept_files(
-        outputs.unfinished, filename, of_data, config, *request[:3]), {}
-    results = evaluate(model, data, config, *request[:3], kept, samples, request.check)
+    attacks, modes, num_draws, check = request
+    kept, samples = kept_files(outputs.unfinished, filename, of_data, config, attacks, modes,
+                               num_draws), {}
+    results = evaluate(model, data, config, attacks, modes, num_draws, kept, samples, check)
 
     # Print and write
-    print_table(results, request.modes)
+    print_table(results, modes)
     origin = {'checkpoint': filename, 'step': step, 'checkpoint_digest': of_weights[:16],
               'data': of_data[:16]}
     outputs.write(config, origin, results, samples, data, kept.values())
@@ -207,21 +208,31 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
         in_ball.setdefault(name, {}).update(dict.fromkeys(chosen, of_ball))
         settings.setdefault(name, {}).update(dict.fromkeys(chosen, attack[1]))
 
-    # What makes them doubtful
+    for mode in modes:
+        judge = next(judge for judge in judges if judge[0] == mode)
+        of_mode = {a: of[judge] for a, of in right.items() if judge in of}
+        add_flags([r for r in results if r['inference'] == mode], model, data, config, judge,
+                  judges[judge], of_mode, num_draws, check)
+    return worst_cases(right, in_ball, settings, config) + results
+
+
+def add_flags(results, model, data, config, judge, inference, right, num_draws, check):
+    """Adds to the results of one inference mode what makes them doubtful, see doubts.py.
+
+    Args:
+        judge: (mode, inference shaping ratio or None). inference: what it is.
+        right: {attack: bool [draws, n]}. check: see evaluate.
+    """
     images, labels = eval_examples(data, config)
     first = slice(0, config['eval_batch_size'])
-    probes = {judge[0]: doubts.Probe(inference, images[first], labels[first])
-              for judge, inference in judges.items()}
+    probe = doubts.Probe(inference, images[first], labels[first])
     for result in results:
-        name, mode = result['attack'], result['inference']
-        of_mode = {a: of[judge] for a, of in right.items() for judge in of if judge[0] == mode}
-        result['flags'] = doubts.flags_of(result, probes[mode], of_mode)
-        if check and name in doubts.BY_GRADIENTS and doubts.is_direct(name, result, mode):
-            judge = next(judge for judge in judges if judge[0] == mode)
-            result['flags'] += check_attack(name, model, data, config, judge, judges[judge],
-                                            of_mode[name], num_draws)
+        name = result['attack']
+        result['flags'] = doubts.flags_of(result, probe, right)
+        if check and name in doubts.BY_GRADIENTS and doubts.is_direct(name, result, judge[0]):
+            result['flags'] += check_attack(name, model, data, config, judge, inference,
+                                            right[name], num_draws)
         result['unreliable'] = bool(doubts.UNRELIABLE & set(result['flags']))
-    return worst_cases(right, in_ball, settings, config) + results
 
 
 def check_attack(name, model, data, config, judge, inference, right, num_draws):
@@ -398,42 +409,30 @@ def worst_cases(right, in_ball, settings, config):
         return []
     sizes = {attack: min(map(len, of_attack.values())) for attack, of_attack in in_ball.items()}
     most, fewest = max(sizes.values()), min(sizes.values())
-    results = []
-
-    def add(name, attacks_for, n, ball=True):
-        for judge in dict.fromkeys(judge for of_attack in right.values() for judge in of_attack):
-            attacks = attacks_for(judge)
-            if not attacks:
-                continue
-            survive = np.all([right[a][judge][:, :n] | (ball & ~in_ball[a][judge][:n])
-                              for a in attacks], axis=0)
-            results.append(cell(name, judge, survive, config, {
-                'attacks': attacks, **({'epsilon': config['epsilon']} if ball else {}),
-                'attack_settings': {a: {k: v for k, v in settings[a][judge].items()
-                                        if k != 'library'} for a in attacks}}))
-
-    def on_all(judge):
-        return [a for a, size in sizes.items() if size == most and judge in right[a]]
-
-    def only(kind):  # with `clean`, which is neither: what is wrong already stays wrong
-        def attacks_for(judge):
-            kinds = {a: (doubts.is_direct(a, settings[a][judge], judge[0]),
-                         doubts.is_transferred(a, settings[a][judge], judge[0]))
-                     for a in on_all(judge)}
-            both = np.any([*kinds.values()], axis=0).all()
-            return [a for a, of_a in kinds.items() if of_a[kind] or not any(of_a)] if both else []
-        return attacks_for
-
-    def run(judge):
-        return [a for a in right if judge in right[a]]
-
-    add(WORST_IN_BALL, on_all, most)
-    add(WORST_DIRECT, only(0), most)
-    add(WORST_TRANSFERRED, only(1), most)
-    if fewest < most:
-        add(WORST_OF_SLOW, run, fewest)
-    add(WORST_CASE, run, fewest, ball=False)
-    return results
+    rows = {name: [] for name in (WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW,
+                                  WORST_CASE)}
+    for judge in dict.fromkeys(judge for of_attack in right.values() for judge in of_attack):
+        run = [a for a in right if judge in right[a]]
+        on_all = [a for a in run if sizes[a] == most]
+        direct = [a for a in on_all if doubts.is_direct(a, settings[a][judge], judge[0])]
+        transferred = [a for a in on_all if doubts.is_transferred(a, settings[a][judge], judge[0])]
+        chosen = {WORST_IN_BALL: on_all, WORST_CASE: run}
+        if direct and transferred:  # `clean` is neither, and in both: what is wrong stays wrong
+            chosen |= {WORST_DIRECT: [a for a in on_all if a not in transferred],
+                       WORST_TRANSFERRED: [a for a in on_all if a not in direct]}
+        if fewest < most:
+            chosen[WORST_OF_SLOW] = run
+        for name, attacks in chosen.items():
+            n = fewest if name in (WORST_OF_SLOW, WORST_CASE) else most
+            ball = {'epsilon': config['epsilon']} if name != WORST_CASE else {}
+            if attacks:
+                survive = [right[a][judge][:, :n] | (bool(ball) & ~in_ball[a][judge][:n])
+                           for a in attacks]
+                rows[name].append(cell(name, judge, np.all(survive, axis=0), config, {
+                    'attacks': attacks, **ball, 'attack_settings': {
+                        a: {k: v for k, v in settings[a][judge].items() if k != 'library'}
+                        for a in attacks}}))
+    return [result for of_name in rows.values() for result in of_name]
 
 
 def cell(name, judge, right, config, settings):

@@ -40,7 +40,7 @@ import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import load_data
-from model import build_model, find_checkpoint
+from model import build_model, find_checkpoint, network_name
 from running import UserError, optional
 from running.files import replacing
 from running.results import check_writable, provenance, read_results
@@ -236,8 +236,8 @@ def make_card(config, data, origin, form):
     robust = min((r for r in rows if is_robust(r, config)), key=worst_first, default=None)
     return {
         'format': form, 'file': FORMATS[form],
-        'architecture': f'w{6 * config["num_residual_units"] + 2}-{config["width_factor"]}, '
-                        'pre-activation wide ResNet with batch normalization',
+        'architecture': f'{network_name(config)}, pre-activation wide ResNet with batch '
+                        'normalization',
         'dataset': config['dataset'], 'classes': list(data.label_names), **origin,
         'input': {'images': '[b, 32, 32, 3], RGB, float32 or uint8, pixels in [0, 255]; the model '
                             'standardizes each image'},

@@ -471,6 +471,11 @@ def newest_intact(folder):
     return None
 
 
+def network_name(config):
+    """Returns what the network is called, such as 'w32-10': its depth and width."""
+    return f'w{6 * config["num_residual_units"] + 2}-{config["width_factor"]}'
+
+
 def find_checkpoint(config, checkpoint=None, select='last', option='--checkpoint'):
     """Returns the prefix of a checkpoint: the one given, or one in model_dir.
 

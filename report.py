@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from attacks import ATTACKS, num_examples
 from doubts import FLAGS
+from model import network_name
 from running import UserError, brief, optional
 from running.files import replacing
 from running.outputs import Curves
@@ -292,8 +293,7 @@ def described(config):
     for a row under `adaptive`, as its 'autoattack_acc' is of AutoAttack's standard version.
     """
     return {'dataset': config['dataset'], 'additional_data': False,
-            'architecture': f'w{6 * config["num_residual_units"] + 2}-{config["width_factor"]}',
-            'eps': f'{config["epsilon"]:g}/255'}
+            'architecture': network_name(config), 'eps': f'{config["epsilon"]:g}/255'}
 
 
 def write_summaries(results, samples, data, step, config, usual):

@@ -42,7 +42,7 @@ import tensorflow as tf
 from eval import wilson_interval
 from paper import formats
 from paper.cells import as_digits, from_digits
-from paper.published import ADV_ONLY, NORM_SHAPING, Training
+from paper.published import DEFAULT, SHAPED
 from paper.trainings import name_of
 from pgd_attack import perturbation_fault
 from running.unfinished import batches
@@ -64,7 +64,6 @@ KNOWING, EXPECTING = ('adaptive', 'adaptive_pgd'), ('apgd_eot',)
 TESTED = (('pn', KNOWING),
           ('bn_shaping', KNOWING), ('bn_shaping', EXPECTING),
           ('bn_recorded', KNOWING), ('bn_recorded', EXPECTING))
-TRAININGS = tuple(Training('pgd', mode) for mode in (ADV_ONLY, NORM_SHAPING))
 HEADER = ['training', 'inference', 'attack', 'planted examples found', 'by as many random corners',
           'images', '']
 NOTE = (
@@ -310,7 +309,7 @@ def tested(evaluation, mode, attacks):
 def binarization_rows(config, evaluations):
     """Returns which share of the planted examples each attack finds, and random corners find."""
     rows = []
-    for training in TRAININGS:
+    for training in (DEFAULT, SHAPED):
         name = name_of(training, config)
         for mode, attacks in TESTED:
             measured = tested(evaluations[name], mode, attacks)
@@ -327,8 +326,7 @@ def share(found):
     """Returns the share of planted examples that were found, in percent, with its interval."""
     if not len(found):
         return ''
-    return formats.accuracy({'accuracy': found.mean(), 'num_examples': len(found),
-                             'interval': wilson_interval(found.sum(), len(found))})
+    return formats.share(found.mean(), wilson_interval(found.sum(), len(found)))
 
 
 def count(planted):

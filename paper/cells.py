@@ -126,12 +126,7 @@ class Evaluations:
                                  next(iter(judges.values())))
             results, _, in_ball = evaluate_attack(
                 name, attack, data, config, judges, num_draws, unfinished)
-            right = [result.pop('right') for result in results]
-            evaluation = {'results': results, 'right': [first for first, *_ in right],
-                          'in_ball': as_digits(in_ball)}
-            if num_draws > 1:
-                evaluation['right_in_other_draws'] = [others for _, *others in right]
-            return evaluation
+            return kept_of(results, in_ball)
 
         return self.get(what, identity, compute, source.digests[:1] if source is not None else ())
 
@@ -237,6 +232,20 @@ class StoredEvaluations(Evaluations):
 
 
 # ---- what an evaluation says
+
+
+def kept_of(results, in_ball):
+    """Returns what eval.evaluate_attack found, as it is kept: who was right stands beside results.
+
+    Args:
+        results: a list of results, one a judge. in_ball: bool [n].
+    """
+    right = [result['right'] for result in results]
+    evaluation = {'results': [{k: v for k, v in r.items() if k != 'right'} for r in results],
+                  'right': [first for first, *_ in right], 'in_ball': as_digits(in_ball)}
+    if max(map(len, right)) > 1:
+        evaluation['right_in_other_draws'] = [others for _, *others in right]
+    return evaluation
 
 
 def joined(evaluations):

@@ -13,11 +13,11 @@ from eval import lost_iterates, make_judges, run_direct
 from paper import formats
 from paper.cells import JUDGES, result_of, right_of
 from paper.intervals import paired_difference
-from paper.published import ADV_ONLY, MODES, NORM_SHAPING, PAPER_TABLES, Training
+from paper.published import DEFAULT, MODES, PAPER_TABLES, SHAPED, Training
 from paper.trainings import name_of
 from shaping import FORMS
 
-SWEPT = tuple(Training('pgd', mode) for mode in (ADV_ONLY, NORM_SHAPING))
+SWEPT = DEFAULT, SHAPED
 CHECKED = tuple(Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES)
 SWEEPS = {'num_steps': (1, 2, 5, 10, 20, 50, 100),
           'epsilon': (0, 1, 2, 4, 8, 16, 32, 64)}

@@ -7,18 +7,20 @@ def percent(value):
     return f'{100 * value:.1f}'
 
 
+def share(value, interval):
+    """Returns '57.1 [55.3, 58.9]': a share and its interval in percent."""
+    low, high = interval
+    return f'{percent(value)} [{percent(low)}, {percent(high)}]'
+
+
 def accuracy(result, n=None):
     """Returns '57.1 [55.3, 58.9]': accuracy and interval in percent; and how many where not n.
 
-    A 't' behind it: the examples of its attack, if it has one, were made under other norms than
-    those that judge them.
+    A 't' behind it: the examples were made under other norms than those that judge them.
     """
-    low, high = result['interval']
     few = result['num_examples'] < (n or 0)
-    transferred = 'attack' in result and is_transferred(result['attack'], result,
-                                                        result['inference'])
-    return (f'{percent(result["accuracy"])} [{percent(low)}, {percent(high)}]'
-            + (' t' if transferred else '')
+    transferred = is_transferred(result['attack'], result, result['inference'])
+    return (share(result['accuracy'], result['interval']) + (' t' if transferred else '')
             + (f' (n = {result["num_examples"]})' if few else ''))
 
 

@@ -7,7 +7,7 @@ from config import relevant
 from eval import wilson_interval
 from paper import formats
 from paper.cells import as_digits, from_digits
-from paper.published import ADV_ONLY, NORM_SHAPING, Training
+from paper.published import DEFAULT, SHAPED
 from paper.trainings import name_of
 from running.unfinished import batches
 from shaping import make_inference
@@ -130,8 +130,8 @@ def neighbour_rows(config, evaluations):
     identity = {**relevant(config), 'apgd_num_steps': config['apgd_num_steps'],
                 'num_victims': NUM_VICTIMS, 'num_helpers': NUM_HELPERS, 'queries': QUERIES}
     rows = []
-    for mode in (ADV_ONLY, NORM_SHAPING):
-        name = name_of(Training('pgd', mode), config)
+    for training in (DEFAULT, SHAPED):
+        name = name_of(training, config)
         found = evaluations[name].experiment(neighbours, identity, kept_rows)['rows']
         before = {inference: from_digits(right) for inference, helpers, _, right in found
                   if not helpers}
@@ -151,7 +151,6 @@ def turned(before, after):
     was_right, lost = int(before.sum()), int((before & ~after).sum())
     if not was_right:
         return ['0.0', formats.percent(after.mean()), '0 of 0']
-    low, high = wilson_interval(lost, was_right)
     return [formats.percent(before.mean()), formats.percent(after.mean()),
-            f'{lost} of {was_right}: {formats.percent(lost / was_right)} '
-            f'[{formats.percent(low)}, {formats.percent(high)}]']
+            f'{lost} of {was_right}: '
+            + formats.share(lost / was_right, wilson_interval(lost, was_right))]

@@ -11,7 +11,7 @@ from attacks.minimum_norm import minimum_norm_attack
 from cifar10_input import eval_examples
 from eval import evaluate_attack, make_judges
 from paper import formats
-from paper.cells import as_digits, result_of
+from paper.cells import kept_of, result_of
 from paper.published import INFERENCES, MODES, PAPER_TABLES, Training
 from paper.trainings import name_of
 
@@ -64,8 +64,7 @@ def at_scale(of_training, name, scale, n):
         attack = minimum_norm_attack(name, model, *eval_examples(data, config), scale)
         results, _, in_ball = evaluate_attack(
             name, attack, data, config, make_judges(model, data, config, ['pn']), 1, unfinished)
-        return {'results': results, 'right': [result.pop('right')[0] for result in results],
-                'in_ball': as_digits(in_ball)}
+        return kept_of(results, in_ball)
 
     return of_training.get(f'{name}-scale-{scale}', {**relevant(config, name), 'scale': scale},
                            compute)

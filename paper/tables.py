@@ -8,13 +8,15 @@ from attacks.neighbours import QUERIES
 from attacks.shaping import check_batch
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
                   worst_cases)
+from model import network_name
 from paper import (binarization, checks, claims, experiments, formats, neighbours, plots,
                    scales)
 from paper.cells import JUDGES, from_digits, result_of, right_in_draws, right_of
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
-from paper.published import (ADV_ONLY, CLAIMS, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
-                             PAPER_ADAPTIVE, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, Training)
+from paper.published import (CLAIMS, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
+                             PAPER_ADAPTIVE, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, SHAPED,
+                             Training)
 from paper.trainings import config_of, name_of
 from running import UserError
 from shaping import num_clean
@@ -28,8 +30,6 @@ SEEDS = (0, 1)
 SEED_ATTACKS = GAP_ATTACKS = ('clean', 'pgd', 'adaptive_pgd')
 TRANSFER_INFERENCES = ('pn', 'bn_shaping', 'bn_recorded')
 NORMS_EXAMPLES = 1000  # enough to tell one rule from another
-
-DEFAULT, SHAPED = Training('pgd', ADV_ONLY), Training('pgd', NORM_SHAPING)
 
 
 class Table(NamedTuple):
@@ -397,12 +397,12 @@ def section(table, config, evaluations):
 
 def caption(table, config):
     """Returns what a table's numbers were made with, in words."""
-    depth, data = 6 * config['num_residual_units'] + 2, config['dataset']
+    data = config['dataset']
     if config['classes']:
         data += f' ({", ".join(config["classes"])})'
     n = config['num_eval_examples']
     images = table.caption.format(n=min(n, table.max_examples or n), all=n,
                                   step=f'{config["step_size"]:g}', steps=config['num_steps'],
                                   xent=config['trades_xent'], beta=f'{config["trades_beta"]:g}')
-    return (f'w{depth}-{config["width_factor"]}, {config["max_num_training_steps"]} steps of batch '
+    return (f'{network_name(config)}, {config["max_num_training_steps"]} steps of batch '
             f'{config["training_batch_size"]}, {data}, seed {config["tf_random_seed"]}; {images}.')
