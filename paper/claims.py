@@ -2,6 +2,7 @@
 import math
 import textwrap
 
+from attacks import DIRECT
 from paper import formats
 from paper.cells import NUM_DRAWS, right_in_draws
 from paper.intervals import FEW_PAIRS, paired_difference
@@ -81,6 +82,8 @@ def right_in_both(claim, config, evaluations):
 def right_in(of, config, evaluations):
     """Returns which examples were right in ours of a published.Accuracy, bool [draws, n]."""
     of_training = evaluations[name_of(of.training, config)]
+    if of.attack in DIRECT:  # made anew for each inference: for this one alone
+        return right_in_draws(of_training.attack(of.attack, (of.inference,)), of.inference)
     if of.inference_ratio is None:
         return right_in_draws(of_training.attack(of.attack), of.inference)
     evaluation = of_training.attack(of.attack, (of.inference,), INFERENCE_RATIOS)
