@@ -304,7 +304,7 @@ def make_judges(model, data, config, modes, ratios=None):
 
 
 def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, samples=None,
-                    label=None):
+                    label=None, shard=None):
     """Makes one attack's examples, once, and has each judge classify them.
 
     Every batch is verified to lie in its ball and in [0, 255] before it is counted. What an
@@ -322,6 +322,8 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
         samples: a dict that gets, under `label`, the first adversarial examples and what each judge
             answers, under the first draw: (float32 [k, 32, 32, 3], {judge: labels [k]}).
         label: the name that the progress shows. Default: the attack's.
+        shard: (first, last) examples of whole batches: these alone are done, for `kept`, and what
+            is returned is of no use; see unfinished.batches.
 
     Returns:
         (a list of results, one a judge; {judge: bool [draws, n], which were right}; bool [n], which
@@ -333,13 +335,14 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
     label = label or name
     queries = {judge: num_draws if judge[0] in FORMS else 1 for judge in judges}
     right = {judge: np.zeros([draws, n], bool) for judge, draws in queries.items()}
-    xent, in_ball = {judge: np.zeros([]) for judge in judges}, np.zeros(n, bool)
+    xent = {judge: np.zeros(-(-n // batch_size)) for judge in judges}  # a sum a batch
+    in_ball = np.zeros(n, bool)
     l2, num_queries = np.zeros(n), np.zeros(n)
     seconds, k = np.zeros([]), min(NUM_SAMPLES, n)
     firsts, answers = np.zeros([k, 32, 32, 3], np.float32), {j: np.zeros(k, int) for j in judges}
     found = [*right.values(), *xent.values(), in_ball, l2, num_queries, seconds, firsts,
              *answers.values()]
-    for start, end in batches(kept, found, n, batch_size, label):
+    for start, end in batches(kept, found, n, batch_size, label, shard):
         x_nat, y = images[start:end].astype(np.float32), labels[start:end]
         begin = timer()
         x_adv = np.asarray(perturb(start, end), np.float32)
@@ -359,8 +362,8 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
                 right[judge][draw, start:end] = predicted == y
                 if draw == 0:
                     answers[judge][start:end] = predicted[:max(0, k - start)]
-                xent[judge] += float(tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(
-                    y, logits))) / (queries[judge] * n)
+                xent[judge][start // batch_size] += float(tf.reduce_sum(
+                    tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)))
     settings = {**settings, 'seconds': round(float(seconds), 3)}
     if name in MINIMUM_NORM:
         fooled = l2[l2 > 0]
@@ -368,8 +371,8 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
                      'median_l2': float(np.median(fooled)) if len(fooled) else None}
     if num_queries.any():
         settings['queries'] = round(float(num_queries.mean()))
-    results = [cell(name, judge, right[judge], config, {'xent': float(xent[judge]), **settings})
-               for judge in judges]
+    results = [cell(name, judge, right[judge], config, {
+        'xent': float(xent[judge].sum()) / (queries[judge] * n), **settings}) for judge in judges]
     if samples is not None:
         samples[label] = firsts, answers
     return results, right, in_ball

@@ -31,6 +31,11 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
     define_download_flag()
     flags.DEFINE_string('stored', None, 'Folder with config.json and cells/, as results/ has them: '
                         'makes tables and plots from these alone, in that folder.')
+    flags.DEFINE_string('ray', None, 'local, or the address of a Ray cluster: trainings and cells '
+                        'become its tasks, side by side. All machines must see model_dir and '
+                        'data_path. Needs requirements-cluster.txt.')
+    flags.DEFINE_float('task_cpus', 1, 'With --ray: CPUs of a task.', 0)
+    flags.DEFINE_float('task_gpus', 0, 'With --ray: GPUs of a task.', 0)
     begin(__doc__, takes_words=True)
 
 import running.quiet  # noqa: F401
@@ -55,6 +60,8 @@ def main(words):
                         'all')
     tables = {name: table for name, table in TABLES.items() if name in words or 'all' in words}
     stored = flags.FLAGS.stored
+    if stored and flags.FLAGS.ray:
+        raise UserError('--stored computes nothing; expected no --ray beside it')
     config = read_config(stored)
     trainings = trainings_of(tables.values(), config)
 
@@ -113,6 +120,10 @@ def train_and_load(tables, trainings, config, folder):
     options = ['--config', flags.FLAGS.config] if flags.FLAGS.config else []
     for setting in flags.FLAGS.set:
         options += ['--set', setting]
+    if flags.FLAGS.ray:
+        from paper import cluster  # optional
+        cluster.compute(tables, trainings, config, options, data, flags.FLAGS.ray, {
+            'num_cpus': flags.FLAGS.task_cpus, 'num_gpus': flags.FLAGS.task_gpus})
     for name, of_training in trainings.items():
         train_if_missing(name, of_training, config, options)
 

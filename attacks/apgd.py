@@ -51,7 +51,12 @@ def targeted_xent_loss(logits, y, target):
     return -xent_loss(logits, target)
 
 
-LOSSES = {'xent': lambda z, y, _: xent_loss(z, y), 'dlr': lambda z, y, _: dlr_loss(z, y),
+def untargeted(loss):
+    """Returns a loss that is asked for a target, as the targeted ones are, and has none."""
+    return lambda logits, y, target: loss(logits, y)
+
+
+LOSSES = {'xent': untargeted(xent_loss), 'dlr': untargeted(dlr_loss),
           'targeted_dlr': targeted_dlr_loss, 'targeted_xent': targeted_xent_loss}
 
 

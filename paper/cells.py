@@ -14,7 +14,7 @@ from paper.published import INFERENCES
 from running import UserError
 from running.files import replacing
 from running.results import provenance
-from running.unfinished import checkpoint_digest, path_of, remove
+from running.unfinished import checkpoint_digest, path_of, remove, shards_of
 from running.untrusted import read_json
 from shaping import FORMS
 
@@ -35,6 +35,8 @@ class Evaluations:
         model: a model.Model, the same for all trainings.
         folder: where the evaluations are kept; model_dir/cells.
     """
+
+    shard = None  # (first, last) examples, where an attack is run on these alone: cluster.py
 
     def __init__(self, name, config, data, data_digest, model, folder):
         self.name, self.config, self.data, self.folder = name, config, data, folder
@@ -63,16 +65,23 @@ class Evaluations:
         path = os.path.join(self.folder, f'{self.name}-{what}-{digest}.json')
         if os.path.exists(path):
             return read_json(path)
+        return self.missing(what, identity, path, compute)
+
+    def missing(self, what, identity, path, compute):
+        """Returns the evaluation `what`, which is not kept yet: computed, and kept in `path`."""
         print(f'Computing {self.name}: {what}', flush=True)
-        unfinished = path_of(os.path.join(self.folder, 'unfinished'), f'{self.name}-{what}',
-                             identity)
+        unfinished = self.unfinished(what, identity)
         evaluation = {'identity': json.loads(identity), 'provenance': provenance(),
                       **compute(unfinished)}
         os.makedirs(self.folder, exist_ok=True)
         with replacing(path) as f:
             json.dump(evaluation, f)
-        remove([unfinished])
+        remove([unfinished, *shards_of(unfinished).values()])
         return evaluation
+
+    def unfinished(self, what, identity):
+        """Returns the path in which the finished batches of an evaluation are kept."""
+        return path_of(os.path.join(self.folder, 'unfinished'), f'{self.name}-{what}', identity)
 
     def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', num_draws=None,
                source=None, **settings):
@@ -125,7 +134,7 @@ class Evaluations:
             attack = make_attack(name, model, data, config, num_draws,
                                  next(iter(judges.values())))
             results, _, in_ball = evaluate_attack(
-                name, attack, data, config, judges, num_draws, unfinished)
+                name, attack, data, config, judges, num_draws, unfinished, shard=self.shard)
             return kept_of(results, in_ball)
 
         return self.get(what, identity, compute, source.digests[:1] if source is not None else ())

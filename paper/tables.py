@@ -56,21 +56,22 @@ def main_rows(adversary, config, evaluations):
 
     The worst cases are over the paper's attacks and ours.
     """
-    rows = []
-    for mode, label in MODES.items():
+    rows, by_mode = [], {}
+    for mode in MODES:  # all are asked for before one is looked into: Ray computes side by side
         training = Training(adversary, mode)
         of_training = evaluations[name_of(training, config)]
         attacks = PAPER_ATTACKS + OWN_ATTACKS
         if training in (DEFAULT, SHAPED):
             attacks += SLOW_ATTACKS
-        by_attack = {a: of_training.attack(a) for a in attacks if of_training.has(a)}
+        by_mode[mode] = {a: of_training.attack(a) for a in attacks if of_training.has(a)}
+    for mode, by_attack in by_mode.items():
         results = [r for evaluation in by_attack.values() for r in evaluation['results']]
         results += worst_cases_of(by_attack, config)
         made = {r['attack'] for r in results}
         for attack in dict.fromkeys([*(a for a in FIRST_ROWS if a in made),
                                      *(r['attack'] for r in results)]):
             found = {r['inference']: r for r in results if r['attack'] == attack}
-            row = [label, row_label(next(iter(found.values())), config['num_eval_examples'])]
+            row = [MODES[mode], row_label(next(iter(found.values())), config['num_eval_examples'])]
             paper = PAPER_TABLES[adversary][mode].get(attack)
             for i, inference in enumerate(JUDGES):
                 row.append(formats.accuracy(found[inference]) if inference in found else '')
@@ -122,9 +123,8 @@ def ratio_results(config, evaluations):
     found = {}
     for ratio in PAPER_RATIOS:
         name = name_of(Training('pgd', NORM_SHAPING, ratio), config)
-        evaluation = evaluations[name].attack('pgd', ('bn_shaping',), INFERENCE_RATIOS)
-        found[ratio] = evaluation['results']
-    return found
+        found[ratio] = evaluations[name].attack('pgd', ('bn_shaping',), INFERENCE_RATIOS)
+    return {ratio: evaluation['results'] for ratio, evaluation in found.items()}
 
 
 def table4_rows(config, evaluations):

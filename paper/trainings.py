@@ -13,6 +13,12 @@ from running.program import STOPPED, Terminated
 import train
 
 
+# Before a command: the kernel sends it SIGTERM when its parent is gone (PR_SET_PDEATHSIG)
+ENDS_WITH_ITS_PARENT = [] if sys.platform != 'linux' else [
+    sys.executable, '-c', 'import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); '
+    'os.execvp(sys.argv[1], sys.argv[1:])']
+
+
 def name_of(training, config):
     """Returns a training's name: its folder in model_dir, and what its kept numbers begin with."""
     name = f'{training.adversary}_{training.mode}'
@@ -49,6 +55,23 @@ def config_of(training, config):
     return of_training
 
 
+def is_trained(of_training):
+    """Returns whether the model of a training's configuration is there.
+
+    Raises:
+        UserError: the folder holds another training, or a longer one.
+    """
+    model_dir, steps = of_training['model_dir'], of_training['max_num_training_steps']
+    newest = newest_intact(model_dir)
+    done = int(newest.rpartition('-')[2]) if newest else 0
+    if done > steps:
+        raise UserError(f'max_num_training_steps must be at least {done}, the steps that '
+                        f'{model_dir} holds, got {steps}; or choose another model_dir')
+    if done == steps:
+        train.check_same_run(of_training, os.path.join(model_dir, 'config.json'), newest)
+    return done == steps
+
+
 def train_if_missing(name, of_training, config, options=()):
     """Runs train.py in a process of its own, unless the model is there already.
 
@@ -61,14 +84,7 @@ def train_if_missing(name, of_training, config, options=()):
         UserError: the folder holds another training, or train.py failed.
         SystemExit: train.py was stopped; with its exit status.
     """
-    model_dir, steps = of_training['model_dir'], of_training['max_num_training_steps']
-    newest = newest_intact(model_dir)
-    done = int(newest.rpartition('-')[2]) if newest else 0
-    if done > steps:
-        raise UserError(f'max_num_training_steps must be at least {done}, the steps that '
-                        f'{model_dir} holds, got {steps}; or choose another model_dir')
-    if done == steps:
-        train.check_same_run(of_training, os.path.join(model_dir, 'config.json'), newest)
+    if is_trained(of_training):
         return
     arguments = [*options]
     for key in SCHEMA:
@@ -90,7 +106,8 @@ def run_to_its_end(command):
 
     A signal that would stop this program is passed on as SIGTERM, and the command is waited for. It
     has a session of its own, so that a terminal's Ctrl-C does not reach it as well: at a second
-    signal it would exit at once. Two signals to this program are two to the command.
+    signal it would exit at once. Two signals to this program are two to the command. Where this
+    program is killed, the command gets SIGTERM (on Linux).
 
     Raises:
         KeyboardInterrupt: this program got SIGINT; the command has exited.
@@ -99,7 +116,7 @@ def run_to_its_end(command):
     signals = ForwardedSignals()
     try:
         signals.catch()
-        process = subprocess.Popen(command, start_new_session=True)
+        process = subprocess.Popen([*ENDS_WITH_ITS_PARENT, *command], start_new_session=True)
         signals.forward_to(process)
         status = process.wait()
     finally:

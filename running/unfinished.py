@@ -90,7 +90,7 @@ def path_of(folder, name, what):
 # ---- small results: written whole after each batch
 
 
-def batches(path, arrays, n, size, label):
+def batches(path, arrays, n, size, label, shard=None):
     """Yields (start, end) of the batches of n examples that are still to be done, in order.
 
     The loop's body writes a batch's results into `arrays`, which are kept in `path` when it is
@@ -102,24 +102,62 @@ def batches(path, arrays, n, size, label):
         arrays: numpy arrays, all that the loop finds. A file of other shapes or types is ignored.
         size: examples in a batch; the last one may be smaller.
         label: what the loop is called where its progress is shown.
+        shard: (first, last) examples of whole batches, to do these alone; `path` is then that of
+            shard_path. Once all shards are done, the loop without a shard finds their results.
 
     Raises:
         OSError: the file cannot be read or written.
     """
-    done = np.zeros([], np.int64)
+    first, last = shard or (0, n)
+    done = np.array(first, np.int64)
     found = _load(path, [done, *arrays]) if path else None
-    if found and 0 < found[0] <= n and (found[0] == n or found[0] % size == 0):
+    if path and not found and not shard:
+        found = _joined(path, [done, *arrays], n)
+    if found and first < found[0] <= last and (found[0] == last or found[0] % size == 0):
         for array, value in zip([done, *arrays], found):
             array[...] = value
-        print(f'{label}: resuming after {done} of {n} examples', flush=True)
-    with progress(label, n, int(done)) as update:
-        for start in range(int(done), n, size):
-            end = min(start + size, n)
+        print(f'{label}: resuming after {done - first} of {last - first} examples', flush=True)
+    with progress(label, last - first, int(done) - first) as update:
+        for start in range(int(done), last, size):
+            end = min(start + size, last)
             yield start, end
             done[...] = end
             if path:
                 _save(path, [done, *arrays])
             update(end - start)
+
+
+def shard_path(path, first, last):
+    """Returns where the loop over one shard of the loop that keeps its batches in `path` does."""
+    return f'{path}.{first}-{last}'
+
+
+def shards_of(path):
+    """Returns {(first, last): path} of the shards of a loop that are kept, in order."""
+    found = {}
+    for part in glob.glob(f'{glob.escape(path)}.*-*'):
+        first, last = part.removeprefix(f'{path}.').split('-', 1)
+        if first.isdecimal() and last.isdecimal():
+            found[int(first), int(last)] = part
+    return dict(sorted(found.items()))
+
+
+def _joined(path, like, n):
+    """Returns what _load would of one loop over n examples, from its shards; None unless all are.
+
+    Each loop began with the same arrays, all zero, and wrote or added to what its batches find: so
+    their sums hold all of it.
+    """
+    done, total = 0, [np.zeros_like(array) for array in like]
+    for (first, last), part in shards_of(path).items():
+        found = _load(part, like)
+        if first != done or found is None or found[0] != last:
+            return None
+        done = last
+        for array, value in zip(total[1:], found[1:]):
+            array += value  # of bool: or
+    total[0][...] = done
+    return total if 0 < done == n else None
 
 
 def _packed(arrays):

@@ -109,7 +109,7 @@ def test_an_evaluation_is_computed_once_and_again_only_for_other_settings(evalua
     counted = []
     original = cells.evaluate_attack
     monkeypatch.setattr(cells, 'evaluate_attack',
-                        lambda *args: counted.append(args[0]) or original(*args))
+                        lambda *args, **named: counted.append(args[0]) or original(*args, **named))
     first = evaluations.attack('pgd')
     assert evaluations.attack('pgd') == first and counted == ['pgd']
     evaluations.config = {**evaluations.config, 'model_dir': 'moved', 'num_output_steps': 7,
