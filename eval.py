@@ -319,8 +319,9 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
         kept: path of a file for this attack alone, in which each batch that is finished is kept; if
             it is there, the attack resumes after the last one. The file's name must say what the
             results depend on (unfinished.path_of). None: nothing is kept.
-        samples: a dict that gets, under `label`, the first adversarial examples and what each judge
-            answers, under the first draw: (float32 [k, 32, 32, 3], {judge: labels [k]}).
+        samples: a dict that gets, under `label`, the first adversarial examples, what each judge
+            answers, under the first draw, and with which probability: (float32 [k, 32, 32, 3],
+            {judge: labels [k]}, {judge: float [k]}).
         label: the name that the progress shows. Default: the attack's.
         shard: (first, last) examples of whole batches: these alone are done, for `kept`, and what
             is returned is of no use; see unfinished.batches.
@@ -340,8 +341,9 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
     l2, num_queries = np.zeros(n), np.zeros(n)
     seconds, k = np.zeros([]), min(NUM_SAMPLES, n)
     firsts, answers = np.zeros([k, 32, 32, 3], np.float32), {j: np.zeros(k, int) for j in judges}
+    sure = {judge: np.zeros(k) for judge in judges}
     found = [*right.values(), *xent.values(), in_ball, l2, num_queries, seconds, firsts,
-             *answers.values()]
+             *answers.values(), *sure.values()]
     for start, end in batches(kept, found, n, batch_size, label, shard):
         x_nat, y = images[start:end].astype(np.float32), labels[start:end]
         begin = timer()
@@ -362,6 +364,8 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
                 right[judge][draw, start:end] = predicted == y
                 if draw == 0:
                     answers[judge][start:end] = predicted[:max(0, k - start)]
+                    sure[judge][start:end] = tf.reduce_max(
+                        tf.nn.softmax(logits), axis=1)[:max(0, k - start)]
                 xent[judge][start // batch_size] += float(tf.reduce_sum(
                     tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)))
     settings = {**settings, 'seconds': round(float(seconds), 3)}
@@ -374,7 +378,7 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
     results = [cell(name, judge, right[judge], config, {
         'xent': float(xent[judge].sum()) / (queries[judge] * n), **settings}) for judge in judges]
     if samples is not None:
-        samples[label] = firsts, answers
+        samples[label] = firsts, answers, sure
     return results, right, in_ball
 
 

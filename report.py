@@ -314,7 +314,7 @@ def write_summaries(results, samples, data, step, config, usual):
             for tag in ('{} nat',) if r['attack'] == 'clean' else ('{} adv', '{} adv eval'):
                 tf.summary.scalar(tag.format('accuracy'), r['accuracy'], step)
                 tf.summary.scalar(tag.format('xent'), r['xent'], step)
-    for label, (x_adv, answers) in samples.items():
+    for label, (x_adv, answers, _) in samples.items():
         row = next(r for r in results if r['attack'] == label.split()[0])
         tag = f'{label} eval' + tag_settings(row, config, usual)
         tf.summary.image(f'images {tag}', panels(data.eval_data.xs, x_adv) / 255, step,
@@ -367,47 +367,60 @@ def pyplot():
 
 
 def draw_pictures(path, samples, data, title):
-    """Draws one sample a row: clean, then adversarial and the difference times 10 of each attack.
-
-    Below an image stands what each inference answers, '*' where that is wrong.
+    """Draws samples, as `gallery` does, into a file.
 
     Args:
-        path: of the .png file. samples: {attack: (x_adv [k, 32, 32, 3], {judge: labels [k]})}.
-        data: a CIFAR10Data.
+        path: of the .png file. samples: see gallery. data: a CIFAR10Data.
     """
-    plt, names = pyplot(), data.label_names
-    clean = samples.get('clean', (None, {}))[1]
+    figure = gallery(data.eval_data.xs, data.eval_data.ys, data.label_names, samples, title)
+    try:
+        with replacing(path, 'wb') as f:
+            figure.savefig(f, format='png', dpi=150)
+    finally:
+        pyplot().close(figure)
+
+
+def gallery(images, labels, names, samples, title):
+    """Draws one sample a row: clean, then adversarial and the difference times 10 of each attack.
+
+    Below an image stands what each inference answers, with its probability in percent, '*' where it
+    is wrong.
+
+    Args:
+        images, labels: of the test, from the first. names: of the classes.
+        samples: {attack: (x_adv [k, 32, 32, 3], {judge: labels [k]}, {judge: float [k]})}.
+
+    Returns:
+        a matplotlib figure.
+    """
+    plt, nothing = pyplot(), (None, {}, {})
     attacks = [name for name in samples if name != 'clean']
-    k = len(next(iter(samples.values()))[0])
-    labels, columns = data.eval_data.ys[:k], 1 + 2 * len(attacks)
-    num_lines = 1 + max(len(answers) for _, answers in samples.values())
+    k, columns = len(next(iter(samples.values()))[0]), 1 + 2 * len(attacks)
+    num_lines = 1 + max(len(answers) for _, answers, _ in samples.values())
     figure, axes = plt.subplots(k, columns, squeeze=False, figsize=(
         max(1.5 * columns, 4), k * (1.3 + 0.13 * num_lines) + 0.8), layout='constrained')
 
-    def draw(axis, image, head, answers, y, i):
+    def draw(axis, image, head, sample, y, i):
+        _, answers, sure = sample
         axis.imshow(np.clip(image, 0, 255) / 255)
         axis.set_xticks([])
         axis.set_yticks([])
         if i == 0:
             axis.set_title(head, fontsize=7)
-        lines = [f'{judge[0]}: {names[of[i]]}{"" if of[i] == y else " *"}'
-                 for judge, of in answers.items()]
+        lines = [f'{judge[0]}: {names[of[i]]} {100 * sure[judge][i]:.0f}'
+                 f'{"" if of[i] == y else " *"}' for judge, of in answers.items()]
         axis.set_xlabel('\n'.join(lines), fontsize=6)
 
-    for i, y in enumerate(labels):
-        draw(axes[i, 0], data.eval_data.xs[i], 'clean', clean, y, i)
+    for i, y in enumerate(labels[:k]):
+        draw(axes[i, 0], images[i], 'clean', samples.get('clean', nothing), y, i)
         axes[i, 0].set_ylabel(names[y], fontsize=7)
         for column, name in enumerate(attacks):
-            x_adv, answers = samples[name]
-            image = panels(data.eval_data.xs, x_adv)[i]
-            draw(axes[i, 1 + 2 * column], image[:, 32:64], name, answers, y, i)
+            image = panels(images, samples[name][0])[i]
+            draw(axes[i, 1 + 2 * column], image[:, 32:64], name, samples[name], y, i)
             draw(axes[i, 2 + 2 * column], image[:, 64:],
-                 f'difference x {DIFFERENCE_TIMES}', {}, y, i)
-    caption = f'{title}\nleft: the label; below: what each inference answers, * if wrong'
+                 f'difference x {DIFFERENCE_TIMES}', nothing, y, i)
+    caption = (f'{title}\nleft: the label; below: what each inference answers, with its '
+               'probability in %, * if wrong')
     figure.suptitle('\n'.join(textwrap.wrap(caption, 22 * columns + 30,
                                             replace_whitespace=False)), fontsize=7)
-    try:
-        with replacing(path, 'wb') as f:
-            figure.savefig(f, format='png', dpi=150)
-    finally:
-        plt.close(figure)
+    return figure

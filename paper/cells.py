@@ -8,9 +8,10 @@ import numpy as np
 
 from config import relevant
 from attacks import DIRECT, make_attack, num_examples
-from eval import as_digits, evaluate_attack, make_judges
+from eval import as_digits, evaluate_attack, make_judges, worst_cases
 from paper.population_norms import NUM_BATCHES, set_population_norms
-from paper.published import INFERENCES
+from paper.published import DEFAULT, INFERENCES, PAPER_ATTACKS, SHAPED
+from paper.trainings import name_of
 from running import UserError
 from running.files import replacing
 from running.results import provenance
@@ -19,6 +20,9 @@ from running.untrusted import read_json
 from shaping import FORMS
 
 JUDGES = (*INFERENCES, 'bn_recorded')  # the paper's inference modes and ours
+# Beyond those of Tables I and II
+OWN_ATTACKS = ('apgd', 'adaptive', 'adaptive_pgd')
+SLOW_ATTACKS = ('apgd_eot', 'square')  # hours through bn_shaping: on the two headline trainings
 NUM_DRAWS = 5  # under which transferred examples are classified, for the rows a claim rests on
 
 
@@ -238,6 +242,33 @@ class StoredEvaluations(Evaluations):
             raise UserError(f'{self.folder} holds no {what} of {self.name}; expected one with its '
                             'configuration')
         return self.kept[key]
+
+
+# ---- Tables I and II
+
+
+def attacks_on(training, config, evaluations):
+    """Returns {attack: evaluation} of all attacks that Tables I and II show of a training."""
+    of_training = evaluations[name_of(training, config)]
+    attacks = PAPER_ATTACKS + OWN_ATTACKS
+    if training in (DEFAULT, SHAPED):
+        attacks += SLOW_ATTACKS
+    return {a: of_training.attack(a) for a in attacks if of_training.has(a)}
+
+
+def worst_cases_of(by_attack, config):
+    """Returns the results of the worst cases over {attack: evaluation}, as eval.py has them."""
+    judges = [judge for judge in JUDGES if all(
+        judge in [r['inference'] for r in evaluation['results']]
+        for evaluation in by_attack.values())]
+
+    def of_each(value):
+        return {attack: {(judge, None): value(evaluation, judge) for judge in judges}
+                for attack, evaluation in by_attack.items()}
+
+    return worst_cases(of_each(lambda evaluation, judge: right_of(evaluation, judge)[None]),
+                       of_each(lambda evaluation, _: from_digits(evaluation['in_ball'])),
+                       of_each(result_of), config)
 
 
 # ---- what an evaluation says

@@ -3,10 +3,12 @@ import os
 
 import numpy as np
 
+from doubts import is_transferred
+from eval import WORST_IN_BALL
 from paper import formats
-from paper.cells import result_of
-from paper.published import (ADV_ONLY, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
-                             PAPER_RATIOS, PAPER_TABLES, Training)
+from paper.cells import JUDGES, attacks_on, worst_cases_of
+from paper.published import (ADV_ONLY, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
+                             PAPER_RATIOS, PAPER_TABLES, SHAPED, Training)
 from paper.trainings import name_of
 from running import optional
 from running.files import replacing
@@ -36,23 +38,58 @@ def save(figure, folder, name):
 
 
 def tradeoff(adversary, config, evaluations):
-    """Plots clean accuracy against accuracy under PGD, for each training and inference mode."""
+    """Plots clean accuracy against robust accuracy, for each training and inference mode.
+
+    Filled: the worst case in the ball on all images. Pale: PGD made with population norms, as in
+    the paper, whose numbers are hollow.
+    """
     figure, axes = make_pyplot().subplots(figsize=(6, 5))
-    for colour, (mode, label) in zip(COLOURS, MODES.items()):
-        of_training = evaluations[name_of(Training(adversary, mode), config)]
-        clean, pgd = (of_training.attack(attack) for attack in ('clean', 'pgd'))
+    for colour, mode in zip(COLOURS, MODES):
+        by_attack = attacks_on(Training(adversary, mode), config, evaluations)
+        worst = [r for r in worst_cases_of(by_attack, config) if r['attack'] == WORST_IN_BALL]
         paper = PAPER_TABLES[adversary][mode]
-        for i, (inference, marker) in enumerate(zip(INFERENCES, 'os^')):
-            x, y = (result_of(evaluation, inference) for evaluation in (clean, pgd))
-            x_error, y_error = ([[100 * abs(bound - r['accuracy'])] for bound in r['interval']]
-                                for r in (x, y))
-            axes.errorbar(100 * x['accuracy'], 100 * y['accuracy'], xerr=x_error, yerr=y_error,
-                          color=colour, marker=marker, linestyle='', capsize=2,
-                          label=f'{label}, {inference}')
-            axes.plot(100 * paper['clean'][i], 100 * paper['pgd'][i], color=colour, marker=marker,
-                      linestyle='', markerfacecolor='none', alpha=0.6)
-    axes.set(xlabel='accuracy on clean images, %', ylabel='accuracy under PGD (made with PN), %',
-             title=f'{adversary} training; hollow: the paper (w32-10)')
+        for inference, marker in zip(JUDGES, 'os^D'):
+            style = {'color': colour, 'marker': marker, 'linestyle': ''}
+            found = [r for r in (*by_attack['clean']['results'], *by_attack['pgd']['results'],
+                                 *worst) if r['inference'] == inference]
+            if not found:  # an older folder
+                continue
+            clean, pgd, *robust = found
+            for result in robust:
+                errors = [[[100 * abs(bound - r['accuracy'])] for bound in r['interval']]
+                          for r in (clean, result)]
+                axes.errorbar(100 * clean['accuracy'], 100 * result['accuracy'], errors[1],
+                              errors[0], capsize=2, label=f'{MODES[mode]}, {inference}', **style)
+            axes.plot(100 * clean['accuracy'], 100 * pgd['accuracy'], alpha=0.25, **style)
+            if inference in INFERENCES:
+                i = INFERENCES.index(inference)
+                axes.plot(100 * paper['clean'][i], 100 * paper['pgd'][i], alpha=0.6,
+                          markerfacecolor='none', **style)
+    axes.set(xlabel='accuracy on clean images, %', ylabel='robust accuracy, %',
+             title=f'{adversary} training; filled: {WORST_IN_BALL}; pale: PGD made with PN;\n'
+                   'hollow: the paper under PGD (w32-10, ten classes)')
+    place_legend(axes)
+    return figure
+
+
+def cost(config, evaluations):
+    """Plots the accuracy that each direct attack leaves against the gradients that it may take."""
+    figure, axes = make_pyplot().subplots(figsize=(6, 4))
+    for colour, training in zip(('tab:blue', 'tab:red'), (DEFAULT, SHAPED)):
+        by_attack = attacks_on(training, config, evaluations)
+        for inference, style in (('pn', '-'), ('bn_recorded', '--'), ('bn_shaping', ':')):
+            found = [r for evaluation in by_attack.values() for r in evaluation['results']
+                     if r['inference'] == inference and r.get('gradients')
+                     and not is_transferred(r['attack'], r, inference)
+                     and r['num_examples'] == config['num_eval_examples']
+                     and r['epsilon'] == config['epsilon']]
+            line = {r['gradients']: r for r in sorted(found, key=lambda r: -r['accuracy'])}
+            if line:
+                draw_line(axes, dict(sorted(line.items())), style, colour,
+                          f'{MODES[training.mode]}; {inference}')
+    axes.set_xscale('log')
+    axes.set(xlabel='gradients spent on an image, at most', ylabel='accuracy, %', ylim=(0, 100),
+             title='Direct attacks within the ball, on all images')
     place_legend(axes)
     return figure
 

@@ -6,24 +6,19 @@ from typing import NamedTuple
 from attacks import DIRECT
 from attacks.neighbours import QUERIES
 from attacks.shaping import check_batch
-from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
-                  worst_cases)
+from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED)
 from model import network_name
-from paper import (binarization, checks, claims, experiments, formats, neighbours, plots,
+from paper import (binarization, checks, claims, experiments, formats, gallery, neighbours, plots,
                    scales)
-from paper.cells import JUDGES, from_digits, result_of, right_in_draws, right_of
+from paper.cells import (JUDGES, attacks_on, result_of, right_in_draws, right_of, worst_cases_of)
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
 from paper.published import (CLAIMS, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
-                             PAPER_ADAPTIVE, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, SHAPED,
-                             Training)
+                             PAPER_ADAPTIVE, PAPER_RATIOS, PAPER_TABLES, SHAPED, Training)
 from paper.trainings import config_of, name_of
 from running import UserError
 from shaping import num_clean
 
-# Beyond those of Tables I and II
-OWN_ATTACKS = ('apgd', 'adaptive', 'adaptive_pgd')
-SLOW_ATTACKS = ('apgd_eot', 'square')  # hours through bn_shaping: on the two headline trainings
 # What to believe comes first
 FIRST_ROWS = ('clean', WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW, WORST_CASE,
               'adaptive', 'apgd_eot', 'square', 'adaptive_pgd', 'apgd')
@@ -56,14 +51,9 @@ def main_rows(adversary, config, evaluations):
 
     The worst cases are over the paper's attacks and ours.
     """
-    rows, by_mode = [], {}
-    for mode in MODES:  # all are asked for before one is looked into: Ray computes side by side
-        training = Training(adversary, mode)
-        of_training = evaluations[name_of(training, config)]
-        attacks = PAPER_ATTACKS + OWN_ATTACKS
-        if training in (DEFAULT, SHAPED):
-            attacks += SLOW_ATTACKS
-        by_mode[mode] = {a: of_training.attack(a) for a in attacks if of_training.has(a)}
+    rows = []
+    # All are asked for before one is looked into: Ray computes side by side
+    by_mode = {mode: attacks_on(Training(adversary, mode), config, evaluations) for mode in MODES}
     for mode, by_attack in by_mode.items():
         results = [r for evaluation in by_attack.values() for r in evaluation['results']]
         results += worst_cases_of(by_attack, config)
@@ -79,21 +69,6 @@ def main_rows(adversary, config, evaluations):
                     row.append(formats.percent(paper[i]) if paper else '')
             rows.append(row)
     return rows
-
-
-def worst_cases_of(by_attack, config):
-    """Returns the results of the worst cases over {attack: evaluation}, as eval.py has them."""
-    judges = [judge for judge in JUDGES if all(
-        judge in [r['inference'] for r in evaluation['results']]
-        for evaluation in by_attack.values())]
-
-    def of_each(value):
-        return {attack: {(judge, None): value(evaluation, judge) for judge in judges}
-                for attack, evaluation in by_attack.items()}
-
-    return worst_cases(of_each(lambda evaluation, judge: right_of(evaluation, judge)[None]),
-                       of_each(lambda evaluation, _: from_digits(evaluation['in_ball'])),
-                       of_each(result_of), config)
 
 
 def row_label(result, n):
@@ -278,7 +253,7 @@ TABLES = {
         'Table I: PGD-based adversarial training',
         tuple(Training('pgd', mode) for mode in MODES),
         MAIN_HEADER, partial(main_rows, 'pgd'), ACCURACY,
-        plots={'table1_tradeoff': partial(plots.tradeoff, 'pgd')},
+        plots={'table1_tradeoff': partial(plots.tradeoff, 'pgd'), 'table1_cost': plots.cost},
         checks=(check_shaping_attack,)),
     'table2': Table(
         'Table II: TRADES-based adversarial training',
@@ -373,6 +348,13 @@ TABLES = {
         binarization.HEADER, binarization.binarization_rows,
         FIRST + '; share of the planted examples in %, [95% Wilson intervals]',
         max(binarization.NUM_IMAGES.values()), binarization.NOTE),
+    'gallery': Table(
+        'What attacks do to the first test images',
+        (DEFAULT, SHAPED),
+        gallery.HEADER, gallery.gallery_rows,
+        'attacks made on a batch of the first test images', note=gallery.NOTE,
+        plots={f'gallery_{training.mode}': partial(gallery.draw, training)
+               for training in (DEFAULT, SHAPED)}),
     'claims': Table(
         "The paper's claims that compare two of its numbers",
         tuple(dict.fromkeys(of.training for claim in CLAIMS

@@ -12,11 +12,11 @@ import tensorflow as tf
 from attacks import ATTACKS
 from config import load_config, store_config
 from conftest import ROOT
-from paper import (cells, checks, claims, experiments, intervals, population_norms, published,
-                   scales, tables)
+from paper import (cells, checks, claims, experiments, gallery, intervals, population_norms,
+                   published, scales, tables)
 from paper.cells import NUM_DRAWS, Evaluations, StoredEvaluations, right_in_draws, right_of
 from paper.published import (ADV_ONLY, CLOSE, INFERENCE_RATIOS, INFERENCES, MODES, MORE, NO_MORE,
-                             NORM_SHAPING, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, SAME,
+                             NORM_SHAPING, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, SAME, SHAPED,
                              Accuracy, Training)
 from paper.tables import TABLES
 from paper.trainings import config_of, train_if_missing
@@ -277,7 +277,7 @@ def test_a_table_is_one_record(sections):
     plots = [plot for table in TABLES.values() for plot in table.plots]
     assert len({*plots, *TABLES}) == len(plots) + len(TABLES)
     assert {Path(name).stem for name in sections} >= set(TABLES) - {
-        'transfer', 'neighbours', 'scales', 'binarization'}  # not stored yet
+        'transfer', 'neighbours', 'scales', 'binarization', 'gallery'}  # not stored yet
     for name, (_, made) in sections.items():
         widths = {line.count(' | ') for line in made.splitlines() if line.startswith('| ')}
         assert widths == {len(TABLES[Path(name).stem].header) - 1}, name
@@ -565,7 +565,7 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
     ([], [], 'nothing to reproduce; expected one or more of table1, table2'),
     (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, shifts, "
                      'sweeps, seeds, norms, gap, transfer, neighbours, checks, scales, '
-                     'binarization, claims, all'),
+                     'binarization, gallery, claims, all'),
     (['table1'], ['training_mode=natural'], 'training_mode must be shaping_in_attack_and_training '
      'and adversary pgd, as the tables vary them, got natural and pgd'),
     (['gap'], ['shaping_batch_size=5560', 'eval_batch_size=1000'],
@@ -609,3 +609,27 @@ def test_scales_show_each_training_and_scale_and_are_kept(evaluations, monkeypat
         ['fgsm, epsilon 16', '[0, 255]']]
     assert [row[-1] for row in rows[:7:2]] == ['82.1', '7.1', '37.6', '37.6']
     assert set(published.NOT_COMPARABLE) <= set(PAPER_ATTACKS)
+
+
+def test_the_gallery_shows_what_was_answered(evaluations, monkeypatch):
+    """From the stored numbers alone: pictures are whole pixels, answers those of the model."""
+    monkeypatch.setattr(gallery, 'ATTACKS', ('clean', 'pgd'))
+    trained = dict.fromkeys(tables.trainings_of([TABLES['gallery']], evaluations.config),
+                            evaluations)
+    rows = gallery.gallery_rows(evaluations.config, trained)
+    assert len(rows) == 2 * 8 * 2 and {len(row) for row in rows} == {len(gallery.HEADER)}
+    images = evaluations.data.eval_data.xs
+    sure = tf.nn.softmax(evaluations.model(images[:8].astype(np.float32), training=False)).numpy()
+    shown = [row[gallery.HEADER.index('`pn`')] for row in rows if row[3] == 'clean'][:8]
+    labels = evaluations.data.eval_data.ys[:8]
+    assert shown == [f'{p.argmax()} {100 * p.max():.0f}{"" if p.argmax() == y else " *"}'
+                     for p, y in zip(sure, labels)]
+    stored = StoredEvaluations(evaluations.name, evaluations.config, evaluations.folder)
+    trained = dict.fromkeys(trained, stored)
+    assert gallery.gallery_rows(evaluations.config, trained) == rows
+    of = gallery.found(SHAPED, evaluations.config, trained)
+    assert (gallery.from_text(of['images']) == images[:8]).all()
+    x_adv = gallery.from_text(of['examples']['pgd']).astype(float)
+    assert 0 < abs(x_adv - images[:8]).max() <= 8
+    figure = gallery.draw(SHAPED, evaluations.config, trained)
+    assert len(figure.axes) == 8 * 3

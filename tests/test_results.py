@@ -255,12 +255,13 @@ def test_the_answers_in_pictures_are_those_that_were_counted(
     from eval import evaluate
     samples = {}
     evaluate(small_model, data, small_config(), ['clean'], ['pn', 'bn'], samples=samples)
-    x_adv, answers = samples['clean']
+    x_adv, answers, sure = samples['clean']
     assert (x_adv == data.eval_data.xs[:8]).all()
     for judge, training in ((('pn', None), False), (('bn', None), True)):
         logits = small_model(data.eval_data.xs[:20], training=training,
                              update_population_norms=False)
         assert (answers[judge] == np.argmax(logits, 1)[:8]).all()
+        assert sure[judge] == pytest.approx(tf.nn.softmax(logits).numpy().max(axis=1)[:8])
 
 
 # ---- what is printed
