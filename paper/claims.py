@@ -59,9 +59,12 @@ def claim_rows(config, evaluations):
         for of in (claim.higher, claim.lower, *claim.others):
             evaluation_of(of, config, evaluations)
     for claim in CLAIMS:
-        a, b = right_in_both(claim, config, evaluations)
+        paper, both = paper_difference(claim), right_in_both(claim, config, evaluations)
+        if both is None:
+            rows.append([claim.where, claim.words, paper_words(paper), '', 'not computed'])
+            continue
+        a, b = both
         value, interval = paired_difference(a, b)
-        paper = paper_difference(claim)
         said = ('not comparable' if claim.higher.attack in NOT_COMPARABLE
                 else verdict(paper, interval, claim.kind))
         if not paper_shows(paper, claim.kind):
@@ -74,28 +77,27 @@ def claim_rows(config, evaluations):
 def right_in_both(claim, config, evaluations):
     """Returns which samples were right in the two accuracies of a claim, bool [draws, n] each.
 
-    Of several that the claim is about, the one that is the best in ours.
+    Of several that the claim is about, the one that is the best in ours. None where a folder of
+    stored evaluations lacks one.
     """
-    a, *others = (right_in(of, config, evaluations)
-                  for of in (claim.higher, claim.lower, *claim.others))
+    found = [evaluation_of(of, config, evaluations)
+             for of in (claim.higher, claim.lower, *claim.others)]
+    if None in found:
+        return None
+    a, *others = (right_in_draws(evaluation, of.inference, of.inference_ratio)
+                  for evaluation, of in zip(found, (claim.higher, claim.lower, *claim.others)))
     n = min(right.shape[1] for right in (a, *others))
     return a[:, :n], max((right[:, :n] for right in others), key=lambda right: right.mean())
 
 
-def right_in(of, config, evaluations):
-    """Returns which examples were right in ours of a published.Accuracy, bool [draws, n]."""
-    return right_in_draws(evaluation_of(of, config, evaluations), of.inference,
-                          of.inference_ratio)
-
-
 def evaluation_of(of, config, evaluations):
-    """Returns the evaluation that a published.Accuracy of ours is in."""
-    of_training = evaluations[name_of(of.training, config)]
+    """Returns the evaluation that a published.Accuracy of ours is in; None where it is lacking."""
+    of_training, asked = evaluations[name_of(of.training, config)], [of.attack]
     if of.inference_ratio is not None:
-        return of_training.attack(of.attack, (of.inference,), INFERENCE_RATIOS)
-    if of.attack in DIRECT:  # made anew for each inference: for this one alone
-        return of_training.attack(of.attack, (of.inference,))
-    return of_training.attack(of.attack)
+        asked += [(of.inference,), INFERENCE_RATIOS]
+    elif of.attack in DIRECT:  # made anew for each inference: for this one alone
+        asked += [(of.inference,)]
+    return of_training.if_kept(of_training.attack, *asked)
 
 
 def remarks(a, b, config):

@@ -7,6 +7,7 @@ from doubts import is_transferred
 from eval import WORST_IN_BALL
 from paper import formats
 from paper.cells import JUDGES, attacks_on, worst_cases_of
+from paper.curves import VALUES, courses
 from paper.published import (ADV_ONLY, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
                              PAPER_RATIOS, PAPER_TABLES, SHAPED, Training)
 from paper.trainings import name_of
@@ -91,6 +92,24 @@ def cost(config, evaluations):
     axes.set(xlabel='gradients spent on an image, at most', ylabel='accuracy, %', ylim=(0, 100),
              title='Direct attacks within the ball, on all images')
     place_legend(axes)
+    return figure
+
+
+def curves(config, evaluations):
+    """Plots the accuracy of each training along its steps."""
+    found = courses(config, evaluations)
+    figure, all_axes = make_pyplot().subplots(1, max(len(found), 1), figsize=(4 * max(
+        len(found), 1), 3.2), sharey=True, squeeze=False)
+    for axes, (name, course) in zip(all_axes[0], found.items()):
+        for (key, label), style in zip(VALUES.items(), ('.', '-', 's:', 's--')):
+            if course[key]:
+                steps, values = np.array(course[key]).T
+                axes.plot(steps, 100 * values, style, markersize=3, linewidth=1, label=label)
+        axes.set_title(name, fontsize=8)
+        axes.set(xlabel='step', ylim=(0, 100))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    all_axes[0][0].set_ylabel('accuracy, %')
     return figure
 
 

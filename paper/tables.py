@@ -8,8 +8,8 @@ from attacks.neighbours import QUERIES
 from attacks.shaping import check_batch
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED)
 from model import network_name
-from paper import (binarization, checks, claims, experiments, formats, gallery, neighbours, plots,
-                   scales)
+from paper import (binarization, checks, claims, curves, experiments, formats, gallery, neighbours,
+                   plots, scales)
 from paper.cells import (JUDGES, attacks_on, result_of, right_in_draws, right_of, worst_cases_of)
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
@@ -348,6 +348,11 @@ TABLES = {
         binarization.HEADER, binarization.binarization_rows,
         FIRST + '; share of the planted examples in %, [95% Wilson intervals]',
         max(binarization.NUM_IMAGES.values()), binarization.NOTE),
+    'curves': Table(
+        'The course of the trainings',
+        curves.SHOWN,
+        curves.HEADER, curves.curve_rows, 'accuracy in % while training', note=curves.NOTE,
+        plots={'curves': plots.curves}),
     'gallery': Table(
         'What attacks do to the first test images',
         (DEFAULT, SHAPED),

@@ -12,8 +12,8 @@ import tensorflow as tf
 from attacks import ATTACKS
 from config import load_config, store_config
 from conftest import ROOT
-from paper import (cells, checks, claims, experiments, gallery, intervals, population_norms,
-                   published, scales, tables)
+from paper import (cells, checks, claims, curves, experiments, gallery, intervals,
+                   population_norms, published, scales, tables)
 from paper.cells import NUM_DRAWS, Evaluations, StoredEvaluations, right_in_draws, right_of
 from paper.published import (ADV_ONLY, CLOSE, INFERENCE_RATIOS, INFERENCES, MODES, MORE, NO_MORE,
                              NORM_SHAPING, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, SAME, SHAPED,
@@ -238,6 +238,9 @@ class FewAttacks:
     def __init__(self, evaluations):
         self.evaluations = evaluations
 
+    def if_kept(self, get, *args):
+        return get(*args)
+
     def attack(self, name, *args):
         if name in ('cw', 'deepfool'):
             found = self.evaluations.attack('fgsm', *args)
@@ -277,7 +280,8 @@ def test_a_table_is_one_record(sections):
     plots = [plot for table in TABLES.values() for plot in table.plots]
     assert len({*plots, *TABLES}) == len(plots) + len(TABLES)
     assert {Path(name).stem for name in sections} >= set(TABLES) - {
-        'transfer', 'neighbours', 'scales', 'binarization', 'gallery'}  # not stored yet
+        'transfer', 'neighbours', 'scales', 'binarization', 'gallery',
+        'curves'}  # not stored yet
     for name, (_, made) in sections.items():
         widths = {line.count(' | ') for line in made.splitlines() if line.startswith('| ')}
         assert widths == {len(TABLES[Path(name).stem].header) - 1}, name
@@ -565,7 +569,7 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
     ([], [], 'nothing to reproduce; expected one or more of table1, table2'),
     (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, shifts, "
                      'sweeps, seeds, norms, gap, transfer, neighbours, checks, scales, '
-                     'binarization, gallery, claims, all'),
+                     'binarization, curves, gallery, claims, all'),
     (['table1'], ['training_mode=natural'], 'training_mode must be shaping_in_attack_and_training '
      'and adversary pgd, as the tables vary them, got natural and pgd'),
     (['gap'], ['shaping_batch_size=5560', 'eval_batch_size=1000'],
@@ -633,3 +637,23 @@ def test_the_gallery_shows_what_was_answered(evaluations, monkeypatch):
     assert 0 < abs(x_adv - images[:8]).max() <= 8
     figure = gallery.draw(SHAPED, evaluations.config, trained)
     assert len(figure.axes) == 8 * 3
+
+
+def test_curves_are_what_the_log_says(evaluations, tmp_path):
+    lines = [{'step': 0, 'accuracy_nat': 0.25, 'mean_of_steps': 1, 'accuracy_adv': 0.125},
+             {'checkpoint': 5, 'validation_accuracy': 0.5, 'validation_accuracy_adv': 0.375},
+             {'step': 6, 'accuracy_nat': 0.75, 'mean_of_steps': 6, 'accuracy_adv': 0.625}]
+    log = tmp_path / 'log.jsonl'
+    log.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    trained = dict.fromkeys(tables.trainings_of([TABLES['curves']], evaluations.config),
+                            evaluations)
+    rows = curves.curve_rows(evaluations.config, trained)
+    assert rows == [['`pgd_adv_only`', 6, '75.0', '62.5', '50.0', '37.5']]
+    log.unlink()  # what is kept stays
+    stored = StoredEvaluations(evaluations.name, evaluations.config, evaluations.folder)
+    assert curves.curve_rows(evaluations.config, dict.fromkeys(trained, stored)) == rows
+    assert curves.read_log(str(tmp_path)) == {key: [] for key in curves.VALUES}
+    assert TABLES['curves'].plots['curves'](evaluations.config, dict.fromkeys(trained, stored))
+    log.write_text('[]\n')
+    with pytest.raises(UserError, match='log.jsonl is damaged; expected a JSON object a line'):
+        curves.read_log(str(tmp_path))
