@@ -352,7 +352,7 @@ TABLES = {
         'The course of the trainings',
         curves.SHOWN,
         curves.HEADER, curves.curve_rows, 'accuracy in % while training', note=curves.NOTE,
-        plots={'curves': plots.curves}),
+        plots={'curves_plot': plots.curves}),
     'gallery': Table(
         'What attacks do to the first test images',
         (DEFAULT, SHAPED),

@@ -653,7 +653,7 @@ def test_curves_are_what_the_log_says(evaluations, tmp_path):
     stored = StoredEvaluations(evaluations.name, evaluations.config, evaluations.folder)
     assert curves.curve_rows(evaluations.config, dict.fromkeys(trained, stored)) == rows
     assert curves.read_log(str(tmp_path)) == {key: [] for key in curves.VALUES}
-    assert TABLES['curves'].plots['curves'](evaluations.config, dict.fromkeys(trained, stored))
+    assert TABLES['curves'].plots['curves_plot'](evaluations.config, dict.fromkeys(trained, stored))
     log.write_text('[]\n')
     with pytest.raises(UserError, match='log.jsonl is damaged; expected a JSON object a line'):
         curves.read_log(str(tmp_path))
