@@ -32,7 +32,7 @@ def read_log(folder):
         lines = [parse_json(line) for line in read_bytes(path, MAX_BYTES).decode().splitlines()]
         for line in lines:
             for key in VALUES:
-                if key in line:
+                if line.get(key) is not None:
                     found[key].append([int(line.get('step', line.get('checkpoint'))),
                                        float(line[key])])
     except (ValueError, TypeError, AttributeError, RecursionError):
