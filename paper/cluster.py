@@ -14,6 +14,7 @@ import json
 import os
 import time
 
+import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import load_data
@@ -176,6 +177,11 @@ def compute(tables, trainings, config, options, data, address, resources):
                  logging_level='warning')
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f'--ray {address}: {brief(error)}') from None
+    there = ray.cluster_resources()
+    for flag, name in (('task_cpus', 'CPU'), ('task_gpus', 'GPU')):  # or tasks wait forever
+        asked, most = resources[f'num_{name.lower()}s'], there.get(name, 0)
+        if asked > most:
+            raise UserError(f'--{flag} must be at most {most:g}, what Ray has, got {asked:g}')
     digest, folder = data_digest(data), os.getcwd()
     running, begun, ended = {}, set(), set()  # {Ray's reference: the task's label}; labels
     evaluations, tables = Trained(), dict(tables)

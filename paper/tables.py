@@ -81,12 +81,15 @@ def row_label(result, n):
 
 def table3_rows(config, evaluations):
     """Returns Table III: the adaptive attacks, judged by bn_shaping."""
+    names = {adversary: name_of(Training(adversary, NORM_SHAPING), config)
+             for adversary in PAPER_TABLES}
+    found = {(attack, adversary): evaluations[name].attack(attack, ('bn_shaping',))
+             for attack in PAPER_ADAPTIVE for adversary, name in names.items()}
     rows = []
     for attack, paper in PAPER_ADAPTIVE.items():
         row = [attack]
         for adversary in PAPER_TABLES:
-            name = name_of(Training(adversary, NORM_SHAPING), config)
-            result = result_of(evaluations[name].attack(attack, ('bn_shaping',)), 'bn_shaping')
+            result = result_of(found[attack, adversary], 'bn_shaping')
             row += [formats.accuracy(result, config['num_eval_examples']),
                     formats.percent(paper[adversary])]
         rows.append(row)
@@ -122,15 +125,19 @@ def seed_rows(config, evaluations):
 
     The seeds are those of the training, of its data's order, and of the evaluation.
     """
+    found = {}
+    for training in (DEFAULT, SHAPED):
+        for seed in SEEDS:
+            of_training = evaluations[name_of(training._replace(seed=seed), config)]
+            for attack in SEED_ATTACKS:
+                found[training, seed, attack] = of_training.attack(attack, judging(attack))
     rows = []
     for attack in SEED_ATTACKS:
         row = [attack]
         for training in (DEFAULT, SHAPED):
             for inference in ('pn', 'bn_shaping'):
                 for seed in SEEDS:
-                    name = name_of(training._replace(seed=seed), config)
-                    result = result_of(evaluations[name].attack(attack, judging(attack)),
-                                       inference)
+                    result = result_of(found[training, seed, attack], inference)
                     row.append(formats.accuracy(result, config['num_eval_examples']))
         rows.append(row)
     return rows

@@ -1,8 +1,8 @@
 """reproduce.py --ray: what its tasks compute is what the serial program computes."""
+import contextlib
 import json
 import os
 from pathlib import Path
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +25,7 @@ from test_programs import program, weights
 
 SETTINGS = ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'num_steps=1',
             'training_batch_size=16', 'step_size_schedule=[[0, 0.1]]', 'eval_batch_size=20',
-            'max_num_training_steps=400', 'num_checkpoint_steps=20']
+            'max_num_training_steps=200', 'num_checkpoint_steps=20']
 
 
 def test_shards_are_one_loop(tmp_path):
@@ -125,22 +125,26 @@ def test_mistakes_are_told_in_one_line(tmp_path):
 def test_lost_workers_cost_no_number(tmp_path):
     """Two workers of a local Ray: one is killed in a training, one in a cell."""
     pytest.importorskip('ray')
-    settings = [*SETTINGS, 'num_eval_examples=400']
+    settings = [*SETTINGS, 'num_eval_examples=200']
     command = [sys.executable, os.path.join(ROOT, 'reproduce.py'), 'table3', '--ray', 'local',
                *[f'--set={setting}' for setting in [*settings, f'model_dir={tmp_path}/ray']]]
     log = tmp_path / 'log'
     with log.open('w') as f:
         process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
-        kill_a_worker(process, 'train_task', lambda: [*tmp_path.glob('ray/*/checkpoint-20.index')])
-        kill_a_worker(process, 'cell_task', lambda: [*tmp_path.glob('ray/cells/unfinished/*')])
-        assert process.wait(timeout=900) == 0, log.read_text()
+        try:
+            kill_a_worker(process, 'train_task',
+                          lambda: [*tmp_path.glob('ray/*/checkpoint-20.index')])
+            kill_a_worker(process, 'cell_task', lambda: [*tmp_path.glob('ray/cells/unfinished/*')])
+            assert process.wait(timeout=900) == 0, log.read_text()
+        finally:
+            process.terminate()
     assert 'resuming after' in log.read_text()
     status, _, errors = program('reproduce.py', 'table3', settings=[
         *settings, f'model_dir={tmp_path}/serial'])
     assert status == 0, errors
     for folder in ('serial/pgd_shaping_in_attack_and_training_3to1',
                    'serial/trades_shaping_in_attack_and_training_3to1'):
-        ours, theirs = (weights(tmp_path / of, 400) for of in (
+        ours, theirs = (weights(tmp_path / of, 200) for of in (
             folder, folder.replace('serial', 'ray')))
         assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
     assert numbers(tmp_path / 'ray' / 'cells') == numbers(tmp_path / 'serial' / 'cells')
@@ -149,11 +153,11 @@ def test_lost_workers_cost_no_number(tmp_path):
 def kill_a_worker(process, task, begun):
     """Kills the first of Ray's workers that is at a task, once begun() says that it has begun."""
     for _ in range(3000):
-        workers = [child for child in psutil.Process(process.pid).children(recursive=True)
-                   if f'ray::{task}' in ' '.join(child.cmdline())]
-        if workers and begun():
-            os.kill(workers[0].pid, signal.SIGKILL)
-            return
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if f'ray::{task}' in ' '.join(child.cmdline()) and begun():
+                    child.kill()
+                    return
         assert process.poll() is None, 'it ended before'
         time.sleep(0.1)
     pytest.fail(f'no worker began a {task}')
