@@ -1,0 +1,128 @@
+"""Writes card.json beside each model in weights/: what it is, and what is known of its accuracy.
+
+    python tests/cards.py            # for all folders in weights/
+    python tests/cards.py --check    # says which cards are missing or not up to date
+
+The accuracies are those of Tables I and II in results/, by the same weights. The first entry says
+what the model answers on the images of tests/data, so that a card and its weights can be held
+together without the data set; tests/test_cards.py does.
+"""
+import glob
+import json
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import running.quiet  # noqa: E402, F401
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from config import load_config  # noqa: E402
+from eval import WORST_IN_BALL  # noqa: E402
+from model import build_model, find_checkpoint, network_name  # noqa: E402
+from paper.cells import StoredEvaluations, attacks_on, worst_cases_of  # noqa: E402
+from paper.published import PAPER_TABLES, MODES, Training  # noqa: E402
+from paper.trainings import name_of  # noqa: E402
+from running import UserError  # noqa: E402
+from running.unfinished import checkpoint_digest  # noqa: E402
+
+FIXTURE = 'tests/data/golden_slim.npz'
+CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+KEPT = ('accuracy', 'interval', 'num_examples')
+
+
+def folders():
+    """Returns the folders of the released models: weights/GROUP/NAME."""
+    return sorted(map(os.path.dirname, glob.glob(os.path.join(ROOT, 'weights', '*', '*',
+                                                              'config.json'))))
+
+
+def on_the_fixture(folder):
+    """Returns what the model in a folder answers on the fixture's images of its classes, a text."""
+    config = load_config(os.path.join(folder, 'config.json'))
+    names = config['classes'] or CLASSES
+    with np.load(os.path.join(ROOT, FIXTURE)) as z:
+        images, labels = z['images'], [CLASSES[y] for y in z['labels']]
+    chosen = [i for i, name in enumerate(labels) if name in names]
+    labels = np.array([names.index(labels[i]) for i in chosen])
+    model = build_model(config, len(names))
+    model.load_madry_checkpoint(find_checkpoint(config, folder))
+    logits = model(images[chosen].astype(np.float32), training=False)
+    xent = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits).numpy().mean()
+    answers = np.argmax(logits, axis=1)
+    return (f'on the {len(chosen)} images of its classes in {FIXTURE}, pn answers '
+            f'{"".join(map(str, answers))}, {(answers == labels).sum()} of them rightly; mean '
+            f'cross-entropy {xent:.4f}')
+
+
+def accuracies(group, name):
+    """Returns {inference: {'clean': ..., 'worst in ball': ...}} as results/GROUP has them.
+
+    {} where Tables I and II do not show the model, or results/ has other weights'.
+    """
+    folder = os.path.join(ROOT, 'results', group)
+    if not os.path.exists(os.path.join(folder, 'config.json')):
+        return {}
+    config = load_config(os.path.join(folder, 'config.json'))
+    for training in [Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES]:
+        if name_of(training, config) == name:
+            break
+    else:
+        return {}
+    stored = StoredEvaluations(name, config, os.path.join(folder, 'cells'))
+    digest = checkpoint_digest(find_checkpoint(config, os.path.join(ROOT, 'weights', group, name)))
+    try:
+        by_attack = attacks_on(training, config, {name: stored})
+    except UserError:  # not all of them are stored
+        return {}
+    if 'clean' not in by_attack or by_attack['clean']['identity'][2] != digest:
+        return {}
+    found = {}
+    for result in [*by_attack['clean']['results'], *worst_cases_of(by_attack, config)]:
+        if result['attack'] in ('clean', WORST_IN_BALL):
+            shown = {key: result[key] for key in (*KEPT, 'attacks') if key in result}
+            found.setdefault(result['inference'], {})[result['attack']] = shown
+    return found
+
+
+def card_of(folder):
+    """Returns the card of the model in a folder, a dict."""
+    config = load_config(os.path.join(folder, 'config.json'))
+    group, name = folder.split(os.sep)[-2:]
+    return {
+        'fixture': on_the_fixture(folder),
+        'model': name, 'architecture': network_name(config),
+        'dataset': config['dataset'], 'classes': config['classes'] or CLASSES,
+        'data': 'CIFAR-10 whose images went through JPEG compression once',
+        'training': {key: config[key] for key in (
+            'adversary', 'training_mode', 'shaping_ratio', 'attack_norms', 'max_num_training_steps',
+            'training_batch_size', 'precision', 'tf_random_seed', 'np_random_seed')},
+        'threat_model': f'L-infinity, {config["epsilon"]:g} of 255; the attacker knows the weights '
+                        'and the draw that answers',
+        'accuracy': accuracies(group, name),
+        'made_by': f'reproduce.py table1 table2; results/{group}; RESULTS.md'}
+
+
+def main():
+    stale = []
+    for folder in folders():
+        path, card = os.path.join(folder, 'card.json'), json.dumps(card_of(folder), indent=1) + '\n'
+        if '--check' not in sys.argv:
+            with open(path, 'w', encoding='utf-8') as f:
+                f.write(card)
+            continue
+        try:
+            with open(path, encoding='utf-8') as f:
+                same = f.read() == card
+        except FileNotFoundError:
+            same = False
+        if not same:
+            stale.append(os.path.relpath(path, ROOT))
+    if stale:
+        sys.exit(f'not up to date: {", ".join(stale)}')
+
+
+if __name__ == '__main__':
+    main()

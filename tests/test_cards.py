@@ -1,0 +1,29 @@
+"""The released weights: each has a card, and the card is of these weights."""
+import json
+import os
+
+import pytest
+
+from cards import ROOT, accuracies, folders, on_the_fixture
+from config import load_config
+
+MODELS = [os.path.relpath(folder, ROOT) for folder in folders()]
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_the_first_line_of_a_card_is_what_its_weights_answer(name):
+    with open(os.path.join(ROOT, name, 'card.json'), encoding='utf-8') as f:
+        card = json.load(f)
+    assert next(iter(card)) == 'fixture'
+    *said, xent = card['fixture'].split()
+    *found, value = on_the_fixture(os.path.join(ROOT, name)).split()
+    assert said == found and float(xent) == pytest.approx(float(value), abs=2e-4)
+    assert load_config(os.path.join(ROOT, name, 'config.json'))['model_dir'] == name
+    *_, group, model = name.split(os.sep)
+    assert card['accuracy'] == accuracies(group, model) and card['model'] == model
+
+
+def test_the_weights_are_small():
+    sizes = [os.path.getsize(os.path.join(folder, file))
+             for folder, _, files in os.walk(os.path.join(ROOT, 'weights')) for file in files]
+    assert sum(sizes) < 25e6
