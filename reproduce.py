@@ -5,7 +5,7 @@ Also checks the attacks, tries what could explain a difference, and says what is
     python reproduce.py all --config configs/three_classes.json
     python reproduce.py table1 claims --stored results/three_classes    # from stored numbers
 
-Targets: table1, table2, table3, table4, confoundings, shifts, sweeps, seeds, norms, gap,
+Targets: summary, table1, table2, table3, table4, confoundings, shifts, sweeps, seeds, norms, gap,
 transfer, neighbours, checks, scales, binarization, curves, gallery, claims, or all;
 docs/evaluation.md says what each is.
 

@@ -10,11 +10,13 @@ from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_
 from model import network_name
 from paper import (binarization, checks, claims, curves, experiments, formats, gallery, neighbours,
                    plots, scales)
-from paper.cells import (JUDGES, attacks_on, result_of, right_in_draws, right_of, worst_cases_of)
+from paper.cells import (JUDGES, attacks_on, from_digits, result_of, right_in_draws, right_of,
+                         worst_cases_of)
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
-from paper.published import (CLAIMS, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
-                             PAPER_ADAPTIVE, PAPER_RATIOS, PAPER_TABLES, SHAPED, Training)
+from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES,
+                             NORM_SHAPING, PAPER_ADAPTIVE, PAPER_RATIOS, PAPER_TABLES, SHAPED,
+                             Training)
 from paper.trainings import config_of, name_of
 from running import UserError
 from shaping import num_clean
@@ -118,6 +120,33 @@ def table4_rows(config, evaluations):
 
 
 # ---- tables of ours
+
+
+def summary_rows(config, evaluations):
+    """Returns clean and robust accuracy of each training, and how far both are from the default's.
+
+    Robust: the worst case in the ball over all attacks of Tables I and II that were run on all
+    images. The default: adversarial-only training by the same adversary, judged by pn.
+    """
+    all_attacks = {Training(adversary, mode): attacks_on(Training(adversary, mode), config,
+                                                         evaluations)
+                   for adversary in PAPER_TABLES for mode in MODES}
+    found, of_default, rows = [], {}, []
+    for training, by_attack in all_attacks.items():
+        for worst in worst_cases_of(by_attack, config):
+            inference, clean = worst['inference'], by_attack['clean']
+            if worst['attack'] == WORST_IN_BALL:
+                right = right_in_draws(clean, inference), from_digits(worst['right'][0])[None]
+                found.append((training, result_of(clean, inference), worst, right))
+                if (training.mode, inference) == (ADV_ONLY, 'pn'):
+                    of_default[training.adversary] = right
+    for training, clean, worst, right in found:
+        theirs = of_default[training.adversary]
+        against = [formats.difference(*paired_difference(*both)) for both in zip(right, theirs)]
+        rows.append([f'`{name_of(training, config)}`', f'`{worst["inference"]}`',
+                     formats.accuracy(clean), formats.share(worst['accuracy'], worst['interval']),
+                     *(['', ''] if right is theirs else against)])
+    return rows
 
 
 def seed_rows(config, evaluations):
@@ -256,6 +285,14 @@ MAIN_HEADER = ['training', 'attack', *(column for inference in INFERENCES
                                        for column in (f'`{inference}`', 'paper')), '`bn_recorded`']
 
 TABLES = {
+    'summary': Table(
+        'Clean and robust accuracy',
+        tuple(Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES),
+        ['training', 'inference', 'clean', 'robust', 'against the default: clean', 'robust'],
+        summary_rows, FIRST + '; accuracy in %, [95% Wilson intervals]; robust: the worst case in '
+        'the ball over all attacks on all of these images; the default: adversarial-only training '
+        'by the same adversary, judged by `pn`' + DIFFERENCES,
+        checks=(check_shaping_attack,)),
     'table1': Table(
         'Table I: PGD-based adversarial training',
         tuple(Training('pgd', mode) for mode in MODES),

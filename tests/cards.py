@@ -24,7 +24,7 @@ from eval import WORST_IN_BALL  # noqa: E402
 from model import build_model, find_checkpoint, network_name  # noqa: E402
 from paper.cells import StoredEvaluations, attacks_on, worst_cases_of  # noqa: E402
 from paper.published import PAPER_TABLES, MODES, Training  # noqa: E402
-from paper.trainings import name_of  # noqa: E402
+from paper.trainings import config_of, name_of  # noqa: E402
 from running import UserError  # noqa: E402
 from running.unfinished import checkpoint_digest  # noqa: E402
 
@@ -71,7 +71,7 @@ def accuracies(group, name):
             break
     else:
         return {}
-    stored = StoredEvaluations(name, config, os.path.join(folder, 'cells'))
+    stored = StoredEvaluations(name, config_of(training, config), os.path.join(folder, 'cells'))
     digest = checkpoint_digest(find_checkpoint(config, os.path.join(ROOT, 'weights', group, name)))
     try:
         by_attack = attacks_on(training, config, {name: stored})

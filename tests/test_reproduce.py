@@ -566,9 +566,9 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
 
 
 @pytest.mark.parametrize('arguments, settings, fault', [
-    ([], [], 'nothing to reproduce; expected one or more of table1, table2'),
-    (['table5'], [], "'table5' is none of table1, table2, table3, table4, confoundings, shifts, "
-                     'sweeps, seeds, norms, gap, transfer, neighbours, checks, scales, '
+    ([], [], 'nothing to reproduce; expected one or more of summary, table1'),
+    (['table5'], [], "'table5' is none of summary, table1, table2, table3, table4, confoundings, "
+                     'shifts, sweeps, seeds, norms, gap, transfer, neighbours, checks, scales, '
                      'binarization, curves, gallery, claims, all'),
     (['table1'], ['training_mode=natural'], 'training_mode must be shaping_in_attack_and_training '
      'and adversary pgd, as the tables vary them, got natural and pgd'),
