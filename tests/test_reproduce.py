@@ -39,7 +39,7 @@ def test_the_papers_numbers_are_there_for_every_cell():
             assert all(len(row) == len(INFERENCES) for row in rows.values())
     assert set(INFERENCES) <= set(INFERENCE_MODES)
     assert all(len(row) == len(INFERENCE_RATIOS) for row in PAPER_RATIOS.values())
-    assert set(PAPER_ATTACKS + tables.OWN_ATTACKS) <= set(ATTACKS)
+    assert set(PAPER_ATTACKS + cells.OWN_ATTACKS + cells.SLOW_ATTACKS) <= set(ATTACKS)
 
 
 def test_trainings_are_the_papers(small_config):
@@ -398,7 +398,7 @@ def test_other_population_norms_are_another_evaluation_and_leave_the_model(evalu
 
 
 def test_a_stop_in_the_middle_of_an_evaluation_leaves_none(evaluations, monkeypatch):
-    def stopped(*_):
+    def stopped(*_, **named):
         raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(cells, 'evaluate_attack', stopped)
