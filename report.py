@@ -406,7 +406,7 @@ def gallery(images, labels, names, samples, title):
         axis.set_xticks([])
         axis.set_yticks([])
         if i == 0:
-            axis.set_title(head, fontsize=7)
+            axis.set_title(head.replace(' ', '\n', 1), fontsize=7)
         lines = [f'{judge[0]}: {names[of[i]]} {100 * sure[judge][i]:.0f}'
                  f'{"" if of[i] == y else " *"}' for judge, of in answers.items()]
         axis.set_xlabel('\n'.join(lines), fontsize=6)

@@ -10,7 +10,7 @@ from paper.published import DEFAULT, SHAPED
 from paper.trainings import name_of
 from report import gallery as grid
 
-ATTACKS = ('clean', 'pgd', 'adaptive', 'cw')
+ATTACKS = ('clean', 'pgd', 'adaptive', 'deepfool')
 SIZE = 32, 32, 3
 HEADER = ['training', 'image', 'label', 'examples of', *(f'`{mode}`' for mode in JUDGES)]
 NOTE = 'Answers with their probability in %, * where they are wrong.'
