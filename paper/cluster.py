@@ -12,6 +12,7 @@ import fcntl
 import functools
 import json
 import os
+import socket
 import time
 
 import running.quiet  # noqa: F401
@@ -171,6 +172,7 @@ def compute(tables, trainings, config, options, data, address, resources):
             RETRIES times.
     """
     ray = optional('ray', '--ray needs Ray', '-r requirements-cluster.txt')
+    check_address(address)
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # Ray asks for a choice
     try:
         ray.init(address=None if address == 'local' else address, include_dashboard=False,
@@ -221,6 +223,18 @@ def compute(tables, trainings, config, options, data, address, resources):
                   flush=True)
     finally:
         ray.shutdown()
+
+
+def check_address(address):
+    """Raises UserError where HOST:PORT is asked for and nothing answers: Ray waits for minutes."""
+    host, colon, port = address.removeprefix('ray://').rpartition(':')
+    if not colon:  # 'local', 'auto': Ray knows
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f'--ray must be local, or HOST:PORT of a cluster that runs; '
+                        f'{address[:200]}: {brief(error)}') from None
 
 
 def label_of(path, shard):

@@ -20,6 +20,7 @@ from paper.cells import Evaluations
 from paper.published import SHAPED
 from paper.tables import TABLES
 from paper.trainings import config_of, name_of
+from running import UserError
 from running.unfinished import batches, data_digest, shard_path, shards_of
 from test_programs import program, weights
 
@@ -161,3 +162,11 @@ def kill_a_worker(process, task, begun):
         assert process.poll() is None, 'it ended before'
         time.sleep(0.1)
     pytest.fail(f'no worker began a {task}')
+
+
+@pytest.mark.parametrize('address', ['127.0.0.1:1', '127.0.0.1:none', 'ray://127.0.0.1:1',
+                                     '127.0.0.1:99999'])
+def test_an_address_where_nothing_answers_is_told_at_once(address):
+    with pytest.raises(UserError, match=f'--ray must be local, or HOST:PORT .*; {address}: '):
+        cluster.check_address(address)
+    cluster.check_address('local')
