@@ -41,15 +41,22 @@ def read_log(folder):
 
 
 def courses(config, evaluations):
-    """Returns {name: what read_log found} of the trainings that have a log, or had one."""
-    found = {}
+    """Returns {name: what read_log found} of the trainings that have a log, or had one.
+
+    Raises:
+        UserError: a folder of stored evaluations holds none.
+    """
+    found, kept = {}, False
     for training in SHOWN:
         of_training = evaluations[name_of(training, config)]
         folder = of_training.config['model_dir']
         course = of_training.if_kept(of_training.get, 'curves', [],
                                      lambda _, folder=folder: read_log(folder))
+        kept |= course is not None
         if course and any(course[key] for key in VALUES):
             found[of_training.name] = course
+    if not kept:
+        raise UserError('no course of a training is stored')
     return found
 
 
