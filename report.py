@@ -380,6 +380,11 @@ def draw_pictures(path, samples, data, title):
         pyplot().close(figure)
 
 
+def answer(names, label, probability, y):
+    """Returns 'frog 93': an answer and its probability in percent; '*' where it is not y."""
+    return f'{names[label]} {100 * probability:.0f}{"" if label == y else " *"}'
+
+
 def gallery(images, labels, names, samples, title):
     """Draws one sample a row: clean, then adversarial and the difference times 10 of each attack.
 
@@ -407,8 +412,8 @@ def gallery(images, labels, names, samples, title):
         axis.set_yticks([])
         if i == 0:
             axis.set_title(head.replace(' ', '\n', 1), fontsize=7)
-        lines = [f'{judge[0]}: {names[of[i]]} {100 * sure[judge][i]:.0f}'
-                 f'{"" if of[i] == y else " *"}' for judge, of in answers.items()]
+        lines = [f'{judge[0]}: {answer(names, of[i], sure[judge][i], y)}'
+                 for judge, of in answers.items()]
         axis.set_xlabel('\n'.join(lines), fontsize=6)
 
     for i, y in enumerate(labels[:k]):

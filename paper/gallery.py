@@ -8,7 +8,7 @@ from eval import evaluate
 from paper.cells import JUDGES
 from paper.published import DEFAULT, SHAPED
 from paper.trainings import name_of
-from report import gallery as grid
+from report import answer, gallery as grid
 
 ATTACKS = ('clean', 'pgd', 'adaptive', 'deepfool')
 SIZE = 32, 32, 3
@@ -66,13 +66,11 @@ def gallery_rows(config, evaluations):
         of = found(training, config, evaluations)
         for i, y in enumerate(of['labels']):
             for label, answers in of['answers'].items():
-                row = [f'`{name_of(training, config)}`', i, of['names'][y], label]
-                for mode in JUDGES:
-                    row.append('' if mode not in answers else
-                               f'{of["names"][answers[mode][i]]} '
-                               f'{100 * of["probabilities"][label][mode][i]:.0f}'
-                               f'{"" if answers[mode][i] == y else " *"}')
-                rows.append(row)
+                sure = of['probabilities'][label]
+                rows.append([
+                    f'`{name_of(training, config)}`', i, of['names'][y], label,
+                    *(answer(of['names'], answers[mode][i], sure[mode][i], y)
+                      if mode in answers else '' for mode in JUDGES)])
     return rows
 
 

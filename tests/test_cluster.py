@@ -30,7 +30,7 @@ SETTINGS = ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'num_
 
 
 def test_shards_are_one_loop(tmp_path):
-    path, spoiled = str(tmp_path / 'loop.part'), []
+    path = str(tmp_path / 'loop.part')
 
     def run(path, shard=None):
         squares, total, odd = np.zeros(10, int), np.zeros([]), np.zeros(10, bool)

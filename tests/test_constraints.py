@@ -44,7 +44,8 @@ def test_all_are_exact_and_named_once(pins):
 
 @pytest.mark.parametrize('name', FILES)
 def test_each_requirement_has_an_exact_version_within_its_range(pins, name):
-    assert requirements(name) and faults(name, pins) == []
+    least = 1 if name == 'requirements-cluster.txt' else 3
+    assert len(requirements(name)) >= least and faults(name, pins) == []
 
 
 def test_a_missing_or_foreign_version_would_be_found(pins):
