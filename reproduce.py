@@ -6,8 +6,8 @@ Also checks the attacks, tries what could explain a difference, and says what is
     python reproduce.py table1 claims --stored results/three_classes    # from stored numbers
 
 Targets: summary, table1, table2, table3, table4, confoundings, shifts, sweeps, seeds, norms, gap,
-transfer, neighbours, checks, scales, binarization, curves, gallery, claims, or all;
-docs/evaluation.md says what each is.
+transfer, neighbours, checks, scales, binarization, curves, gallery, claims, or all of these; and
+variations, whose trainings take 15 hours. docs/evaluation.md says what each is.
 
 Trains what is missing by train.py, each model in a folder of its own in model_dir; evaluates what
 is missing; prints the tables, and writes MODEL_DIR/tables/NAME.md with plots beside them. Every
@@ -42,9 +42,8 @@ import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import eval_examples, load_data
-from model import build_model
 from paper import plots
-from paper.cells import Evaluations, StoredEvaluations
+from paper.cells import Evaluations, StoredEvaluations, networks
 from paper.published import NORM_SHAPING
 from paper.tables import TABLES, check_clean_samples, section, trainings_of
 from paper.trainings import train_if_missing
@@ -58,7 +57,8 @@ def main(words):
     if not words:
         raise UserError(f'nothing to reproduce; expected one or more of {", ".join(TABLES)}, or '
                         'all')
-    tables = {name: table for name, table in TABLES.items() if name in words or 'all' in words}
+    tables = {name: table for name, table in TABLES.items()
+              if name in words or 'all' in words and not table.apart}
     stored = flags.FLAGS.stored
     if stored and flags.FLAGS.ray:
         raise UserError('--stored computes nothing; expected no --ray beside it')
@@ -129,8 +129,8 @@ def train_and_load(tables, trainings, config, folder):
 
     os.makedirs(folder, exist_ok=True)
     store_config(config, os.path.join(folder, 'config.json'))
-    model, digest = build_model(config, data.num_classes), data_digest(data)
-    return {name: Evaluations(name, of_training, data, digest, model,
+    model_of, digest = networks(data.num_classes), data_digest(data)
+    return {name: Evaluations(name, of_training, data, digest, model_of(of_training),
                               os.path.join(config['model_dir'], 'cells'))
             for name, of_training in trainings.items()}
 

@@ -9,6 +9,7 @@ import numpy as np
 from config import relevant
 from attacks import DIRECT, make_attack, num_examples
 from eval import as_digits, evaluate_attack, make_judges, worst_cases
+from model import build_model
 from paper.population_norms import NUM_BATCHES, set_population_norms
 from paper.published import DEFAULT, INFERENCES, PAPER_ATTACKS, SHAPED
 from paper.trainings import name_of
@@ -36,7 +37,7 @@ class Evaluations:
     Args:
         name: of the training. config: its configuration.
         data: a CIFAR10Data. data_digest: of its images and labels.
-        model: a model.Model, the same for all trainings.
+        model: a model.Model, the same for all trainings of one network: see networks.
         folder: where the evaluations are kept; model_dir/cells.
     """
 
@@ -53,6 +54,12 @@ class Evaluations:
         """Returns the model with this training's weights."""
         self.model.load_madry_checkpoint(self.checkpoint)
         return self.model
+
+    def twin(self):
+        """Returns another model with this training's weights, to use beside `model`."""
+        twin = build_model(self.config, self.data.num_classes)
+        twin.load_madry_checkpoint(self.checkpoint)
+        return twin
 
     def get(self, what, identity, compute, other_digests=()):
         """Returns the evaluation `what`, a dict: the one that is kept, or compute(path).
@@ -163,6 +170,19 @@ class Evaluations:
         """
         return self.get(measure.__name__, identity, lambda unfinished: summarize(
             measure(self.load(), self.data, self.config, unfinished)))
+
+
+def networks(num_classes):
+    """Returns f(config) -> the model.Model of a configuration, one for each network."""
+    made = {}
+
+    def network(config):
+        key = tuple(config[each] for each in ('num_residual_units', 'width_factor', 'precision'))
+        if key not in made:
+            made[key] = build_model(config, num_classes)
+        return made[key]
+
+    return network
 
 
 class StoredEvaluations(Evaluations):

@@ -19,8 +19,7 @@ import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import load_data
-from model import build_model
-from paper.cells import Evaluations
+from paper.cells import Evaluations, networks
 from paper.tables import TABLES, section, trainings_of
 from paper.trainings import is_trained, train_if_missing
 from running import UserError, brief, optional
@@ -129,11 +128,11 @@ def cell_task(folder, table, config, path, shard):
     """Computes one cell of a table, or a shard of it; returns what is wrong, a text, or None."""
     os.chdir(folder)
     try:
-        data, digest, model = loaded(json.dumps(config))
+        data, digest, model_of = loaded(json.dumps(config))
         evaluations = Trained()
         for name, of_training in trainings_of([TABLES[table]], config).items():
             if is_trained(of_training):
-                evaluations[name] = Asked(name, of_training, data, digest, model,
+                evaluations[name] = Asked(name, of_training, data, digest, model_of(of_training),
                                           os.path.join(config['model_dir'], 'cells'))
                 evaluations[name].wanted = path, shard
         section(TABLES[table], config, evaluations)
@@ -147,12 +146,12 @@ def cell_task(folder, table, config, path, shard):
 
 @functools.lru_cache(1)
 def loaded(config):
-    """Returns (data, digest, model) of a configuration, the same to each task of a worker."""
+    """Returns (data, digest, networks' f) of a configuration, the same to each task of a worker."""
     config = json.loads(config)
     if config['eval_on_cpu']:
         tf.config.set_visible_devices([], 'GPU')
     data = load_data(config, False)
-    return data, data_digest(data), build_model(config, data.num_classes)
+    return data, data_digest(data), networks(data.num_classes)
 
 
 # ---- the plan

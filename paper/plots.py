@@ -11,6 +11,7 @@ from paper.curves import VALUES, courses
 from paper.published import (ADV_ONLY, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
                              PAPER_RATIOS, PAPER_TABLES, SHAPED, Training)
 from paper.trainings import name_of
+from paper.variations import differences
 from running import optional
 from running.files import replacing
 
@@ -110,6 +111,23 @@ def curves(config, evaluations):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     all_axes[0][0].set_ylabel('accuracy, %')
+    return figure
+
+
+def gaps(config, evaluations):
+    """Plots by how much bn_shaping exceeds pn under PGD made with pn, for each variation."""
+    found = differences(config, evaluations)
+    figure, axes = make_pyplot().subplots(figsize=(6, 0.6 + 0.3 * len(found)))
+    for y, (value, interval) in enumerate(found.values()):
+        axes.errorbar(100 * value, y, xerr=[[100 * abs(end - value)] for end in interval],
+                      marker='o', color='tab:blue', capsize=2)
+    axes.axvline(0, color='black', linewidth=0.5)
+    axes.set_yticks(range(len(found)), [f'{varied}: {value}' for varied, value in found],
+                    fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel='accuracy by bn_shaping less that by pn, in points',
+             title='PGD made with pn (the paper: +78.6)')
+    axes.grid(alpha=0.3)
     return figure
 
 

@@ -6,11 +6,15 @@ makes num_steps + 1 of them: nearly 0.7 of what `pn` normalizes by is the last t
 alone, so any other rule can be tried on the trained weights. The table `norms` shows how much of
 the difference between `pn` and `bn_shaping` depends on the rule.
 """
+from typing import NamedTuple
+
 import numpy as np
+import keras
 import tensorflow as tf
 
-from model import BN_DECAY
-from train import make_adversary
+from model import BN_DECAY, build_model, checkpoints
+from running import UserError
+from train import make_adversary, make_optimizer, make_train_step
 
 NUM_BATCHES = 200  # of each rule but 'last batch'
 # The keys are part of what kept numbers are known by: renaming one orphans them
@@ -23,6 +27,18 @@ RULES = {
     'clean images': f'the mean over {NUM_BATCHES} batches of unchanged training images'}
 
 
+class Replay(NamedTuple):
+    """Population norms that the training itself would have had, found by training again."""
+    decay: float = BN_DECAY  # of the moving averages
+    stale: int = 0           # how many steps before the weights they stop
+
+
+REPLAYS = {
+    **{f'decay {decay}': Replay(decay=decay) for decay in (0.5, 0.99)},
+    **{f'stale {steps}': Replay(stale=steps) for steps in (10, 100, 1000)}}
+NUM_REPLAYED = 200  # steps, at least, before the norms are taken: 0.99 ** (200 * 11) is 0
+
+
 def set_population_norms(model, data, config, rule):
     """Sets a trained model's population norms by a rule.
 
@@ -30,9 +46,17 @@ def set_population_norms(model, data, config, rule):
         model: a model.Model with the weights and population norms of a training.
         data: a CIFAR10Data. config: the training's configuration.
         rule: one of RULES. The batches are the next ones of the training, augmented and attacked as
-            its training mode says; for 'clean images' they are neither.
+            its training mode says; for 'clean images' they are neither. Or one of REPLAYS.
+
+    Raises:
+        UserError: a replay finds no checkpoint that a training can resume from.
     """
     if rule == 'trained':
+        return
+    if rule in REPLAYS:
+        replayed = replay(data, config, REPLAYS[rule])
+        for v, norm in zip(population_norms(model), replayed):
+            v.assign(norm)
         return
     get_batch, perturb = make_adversary(model, config, update_population_norms=rule == 'again')
     attacked = tf.function(lambda *batch: perturb(*get_batch(*batch)))
@@ -50,6 +74,45 @@ def set_population_norms(model, data, config, rule):
     if rule not in ('again', 'updates'):
         for v, mean in zip(population_norms(model), total / num_batches):
             v.assign(mean)
+
+
+def replay(data, config, wanted):
+    """Returns the population norms of a training as a Replay wants them, a list of arrays.
+
+    The training's last steps are made again from a checkpoint of its folder, to the bit on the
+    machine that it was made on. Where there is none, as its folder keeps three, from its start.
+
+    Args:
+        config: the training's, of max_num_training_steps steps.
+    """
+    goal = max(0, config['max_num_training_steps'] - wanted.stale)
+    keras.utils.set_random_seed(config['tf_random_seed'])
+    model, optimizer = build_model(config, data.num_classes), make_optimizer(config)
+    model.decay = wanted.decay
+    start = 0
+    for prefix in checkpoints(config['model_dir']):  # the newest first
+        step = int(prefix.rpartition('-')[2])
+        if step <= goal - (NUM_REPLAYED if wanted.decay != BN_DECAY else 0):
+            start = load_with_velocities(model, optimizer, prefix)
+            break
+    train_step = make_train_step(model, optimizer, config)
+    for ii in range(start, goal):
+        x_batch, y_batch = data.train_data.get_batch(ii, config['training_batch_size'])
+        train_step(tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64))
+    return [v.numpy() for v in population_norms(model)]
+
+
+def load_with_velocities(model, optimizer, prefix):
+    """Loads a checkpoint that a training can resume from; returns its step.
+
+    Raises:
+        UserError: it holds no velocities.
+    """
+    names = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+    if not any(name.endswith('/Momentum') for name in names):
+        raise UserError(f'{prefix} holds no velocities; expected the folder of a training, not '
+                        'released weights, to replay it')
+    return model.load_madry_checkpoint(prefix, optimizer)
 
 
 def batch_statistics(model):

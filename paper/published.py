@@ -12,11 +12,12 @@ INFERENCES = ('bn', 'pn', 'bn_shaping')
 
 
 class Training(NamedTuple):
-    """One of the paper's trainings, or the same with another seed."""
+    """One of the paper's trainings, or the same with another seed, or with a change of ours."""
     adversary: str            # 'pgd' or 'trades'
     mode: str                 # NATURAL, ADV_ONLY, IN_TRAINING or NORM_SHAPING
     ratio: int | None = None  # n of n:1; None: the configuration's shaping_ratio, the paper's 3
     seed: int = 0             # added to the configuration's seeds
+    variant: str = ''         # one of trainings.VARIANTS: what else differs; '': nothing
 
 
 # The paper's default, and its method: what most of our tables show
@@ -245,7 +246,7 @@ def paper_accuracy(of):
     Raises:
         KeyError: the paper has none.
     """
-    adversary, mode, ratio, _ = of.training
+    adversary, mode, ratio, *_ = of.training
     if of.inference_ratio is not None:
         return PAPER_RATIOS[ratio][INFERENCE_RATIOS.index(of.inference_ratio)]
     if of.attack == 'clean' and of.training in PAPER_CLEAN | PAPER_CLEAN_OVER:

@@ -9,7 +9,7 @@ from attacks.shaping import check_batch
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED)
 from model import network_name
 from paper import (binarization, checks, claims, curves, experiments, formats, gallery, neighbours,
-                   plots, scales)
+                   plots, scales, variations)
 from paper.cells import (JUDGES, attacks_on, from_digits, result_of, right_in_draws, right_of,
                          worst_cases_of)
 from paper.intervals import paired_difference
@@ -43,6 +43,7 @@ class Table(NamedTuple):
     note: str = ''         # below the table
     plots: Mapping = {}    # {file name: (config, evaluations) -> a matplotlib figure}
     checks: tuple = ()     # (config, data) -> None; UserError for what would fail after hours
+    apart: bool = False    # made where it is asked for by name, not by `all`
 
 
 # ---- Tables I to IV
@@ -404,6 +405,12 @@ TABLES = {
         'attacks made on a batch of the first test images', note=gallery.NOTE,
         plots={f'gallery_{training.mode}': partial(gallery.draw, training)
                for training in (DEFAULT, SHAPED)}),
+    'variations': Table(
+        'When does the gap open? One thing varied at a time',
+        variations.TRAININGS,
+        variations.HEADER, variations.variation_rows, ACCURACY + DIFFERENCES,
+        variations.MAX_EXAMPLES, variations.NOTE, plots={'variations_gap': plots.gaps},
+        checks=(variations.check_steps,), apart=True),
     'claims': Table(
         "The paper's claims that compare two of its numbers",
         tuple(dict.fromkeys(of.training for claim in CLAIMS

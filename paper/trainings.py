@@ -19,11 +19,44 @@ ENDS_WITH_ITS_PARENT = [] if sys.platform != 'linux' else [
     'os.execvp(sys.argv[1], sys.argv[1:])']
 
 
+
+def until(config, part):
+    """Returns the changed keys of a training that ends after a part of its steps.
+
+    Replays start from its last checkpoints, so these are close to one another.
+    """
+    steps = int(part * config['max_num_training_steps'])
+    return {'max_num_training_steps': steps, 'num_checkpoint_steps': max(1, steps // 6)}
+
+
+def longer(config, times):
+    """Returns the changed keys of a training that takes `times` as long, cuts included."""
+    return {'max_num_training_steps': times * config['max_num_training_steps'],
+            'step_size_schedule': [[times * step, rate]
+                                   for step, rate in config['step_size_schedule']]}
+
+
+# What may differ from the trainings of the tables: {name: configuration -> changed keys}. The table
+# `variations` has them; their names are part of what kept numbers are known by.
+VARIANTS = {
+    'half': lambda config: until(config, 1 / 2),
+    'three_quarters': lambda config: until(config, 3 / 4),
+    'longer': lambda config: longer(config, 8),
+    'fitted': lambda config: longer(config, 8) | {'data_augmentation': False},
+    'w32': lambda config: {'num_residual_units': 5},
+    'width4': lambda config: {'width_factor': 4},
+    'bfloat16': lambda config: {'precision': 'mixed_bfloat16'},
+    'one_step': lambda config: {'num_steps': 1, 'step_size': config['epsilon'],
+                                'random_start': False},
+}
+
+
 def name_of(training, config):
     """Returns a training's name: its folder in model_dir, and what its kept numbers begin with."""
     name = f'{training.adversary}_{training.mode}'
     if training.mode.startswith('shaping'):
         name += f'_{training.ratio or config["shaping_ratio"]}to1'
+    name += f'_{training.variant}' if training.variant else ''
     return name + (f'_seed{training.seed}' if training.seed else '')
 
 
@@ -50,6 +83,8 @@ def config_of(training, config):
                             f'{ratio}:1, got {size}')
         of_training |= {'shaping_ratio': ratio,
                         'training_batch_size': size // (ratio + 1) * (ratio + 1)}
+    if training.variant:
+        of_training |= VARIANTS[training.variant](config)
     for key in ('tf_random_seed', 'np_random_seed'):
         of_training[key] += training.seed
     return of_training

@@ -1,0 +1,168 @@
+"""When does the paper's gap between `pn` and `bn_shaping` open? One thing varied at a time.
+
+The paper has 3.0 under `pn` and 81.6 under `bn_shaping` for the same examples, made with `pn`. Each
+row here goes one step from our training towards the paper's, or towards a mistake that would make
+such numbers. A row of the second kind is conjecture: it says what a mistake would look like, not
+that it was made.
+"""
+from typing import NamedTuple
+
+from attacks import make_attack
+from config import relevant
+from eval import evaluate_attack, make_judges
+from paper import formats
+from paper.cells import kept_of, result_of, right_of
+from paper.experiments import mean_shifts, norm_shifts
+from paper.intervals import paired_difference
+from paper.published import NATURAL, NORM_SHAPING, PAPER_TABLES, SHAPED, Training
+from paper.trainings import name_of
+from running import UserError
+
+MAX_EXAMPLES = 1000
+HEADER = ['varied', 'value', 'learning rate', 'clean, `pn`', 'clean, `bn_shaping`',
+          '`pgd` made with `pn`, judged by `pn`', 'the same examples, `bn_shaping`', 'difference',
+          '`adaptive_pgd`, `bn_shaping`', 'norms moved by the tail / by chance']
+NOTE = ('Learning rate: the one at which the checkpoint is judged. Norms moved: how far PGD on the '
+        'tail moves the means of the batch norms, in standard deviations, beside how far another '
+        'clean batch does. Attacks are those of the first row in all rows. Conjecture: what a '
+        'mistake of this kind would look like; nothing says that the paper made it.')
+
+
+class Variation(NamedTuple):
+    """A row: what is varied, from norm shaping as configured."""
+    varied: str
+    value: str
+    training: Training
+    norms: str = 'trained'           # how the population norms are made; see population_norms.py
+    source: Training | None = None   # makes the examples, and `pn` is that of its model
+
+
+def _shaped(variant, seed=0):
+    return SHAPED._replace(variant=variant, seed=seed)
+
+
+VARIATIONS = (
+    Variation('nothing', 'seed 1', SHAPED),
+    Variation('nothing', 'seed 2', SHAPED._replace(seed=1)),
+    Variation('learning rate', 'before the first cut, seed 1', _shaped('half')),
+    Variation('learning rate', 'before the first cut, seed 2', _shaped('half', 1)),
+    Variation('learning rate', 'before the second cut', _shaped('three_quarters')),
+    *(Variation('decay of the moving averages', f'{decay}, before the first cut', _shaped('half'),
+                f'decay {decay}') for decay in (0.5, 0.99)),
+    *(Variation('population norms of older weights', f'{steps} steps, before the first cut',
+                _shaped('half'), f'stale {steps}') for steps in (10, 100, 1000)),
+    Variation('depth', 'w32-1', _shaped('w32')),
+    Variation('width', 'w8-4', _shaped('width4')),
+    Variation('precision', 'mixed_bfloat16', _shaped('bfloat16')),
+    Variation('training time', '8 times', _shaped('longer')),
+    Variation('training time', '8 times, no augmentation', _shaped('fitted')),
+    Variation('conjecture: the attack in training', 'one step of epsilon', _shaped('one_step')),
+    Variation('conjecture: examples and `pn` of another model', 'natural training', SHAPED,
+              source=Training('pgd', NATURAL)),
+    Variation('conjecture: examples and `pn` of another model', 'half of the training', SHAPED,
+              source=_shaped('half')),
+)
+TRAININGS = tuple(dict.fromkeys(training for each in VARIATIONS
+                                for training in (each.training, each.source) if training))
+
+
+def variation_rows(config, evaluations):
+    """Returns a row for each variation; of stored evaluations, for those that are there."""
+    rows = [row for row in (_row(each, config, evaluations) for each in VARIATIONS) if row]
+    paper = PAPER_TABLES['pgd'][NORM_SHAPING]
+    pn, shaped = 1, 2
+    return [*rows, ['all of it', 'the paper: w32-10, ten classes, 80,000 steps', '0.0001', *(
+        formats.percent(paper[attack][i]) for attack in ('clean', 'pgd') for i in (pn, shaped)),
+        f'{100 * (paper["pgd"][shaped] - paper["pgd"][pn]):+.1f}', '', '']]
+
+
+def differences(config, evaluations):
+    """Returns {what is varied, to which value: (difference, interval)} of the rows, for a plot."""
+    found = {}
+    for each in VARIATIONS:
+        judged = _judged(each, config, evaluations)
+        if judged:
+            found[each.varied, each.value] = paired_difference(
+                *(right_of(judged[1], inference) for inference in ('bn_shaping', 'pn')))
+    return found
+
+
+def _row(each, config, evaluations):
+    judged = _judged(each, config, evaluations)
+    if judged is None:
+        return None
+    of_training, n = evaluations[name_of(each.training, config)], _number(config)
+    clean, pgd = judged
+    difference = paired_difference(*(right_of(pgd, by) for by in ('bn_shaping', 'pn')))
+    row = [each.varied, each.value, f'{_learning_rate(of_training.config):g}',
+           *(formats.accuracy(result_of(which, by), n)
+             for which in (clean, pgd) for by in ('pn', 'bn_shaping')),
+           formats.difference(*difference)]
+    if each.norms != 'trained' or each.source:  # the rest is that of an earlier row
+        return [*row, '', '']
+    adaptive = of_training.attack('adaptive_pgd', ('bn_shaping',), **_attack(config, of_training))
+    shifts = of_training.experiment(norm_shifts, relevant(of_training.config), mean_shifts)
+    return [*row, formats.accuracy(result_of(adaptive, 'bn_shaping'), n),
+            f'{shifts["tail"][0]:.3f} / {shifts["another"][0]:.3f}']
+
+
+def _judged(each, config, evaluations):
+    """Returns the evaluations of clean images and of PGD's examples; None where one is lacking."""
+    of_training = evaluations[name_of(each.training, config)]
+    source = each.source and evaluations[name_of(each.source, config)]
+    found = []
+    for attack in ('clean', 'pgd'):
+        if source:
+            found.append(of_training.if_kept(crossed, attack, source, of_training, config))
+        else:
+            found.append(of_training.if_kept(
+                of_training.attack, attack, ('pn', 'bn_shaping'), norms=each.norms,
+                **_attack(config, of_training)))
+    return None if None in found else found
+
+
+def crossed(attack, source, target, config):
+    """Returns the evaluation of one model's examples, judged by its `pn` and another's bn_shaping.
+
+    Args:
+        attack: 'clean', or one that is made with `pn`.
+        source, target: Evaluations of the training that makes the examples, and of the other.
+    """
+    settings = {**target.config, **_attack(config, target), 'num_eval_examples': _number(config)}
+
+    def compute(unfinished):
+        data, model = target.data, target.load()
+        other = source.twin()
+        judges = (make_judges(other, data, settings, ['pn'])
+                  | make_judges(model, data, settings, ['bn_shaping']))
+        results, _, in_ball = evaluate_attack(
+            attack, make_attack(attack, other, data, settings), data, settings, judges, 1,
+            unfinished)
+        return kept_of(results, in_ball)
+
+    return target.get(f'{attack}-crossed-{source.name}', relevant(settings, attack), compute,
+                      source.digests[:1])
+
+
+def _number(config):
+    return min(MAX_EXAMPLES, config['num_eval_examples'])
+
+
+def _attack(config, of_training):
+    """Returns the changed keys under which an attack is that of the first row."""
+    changed = {key: config[key] for key in ('num_steps', 'step_size', 'random_start')
+               if of_training.config[key] != config[key]}
+    return {'num_eval_examples': _number(config), **changed}
+
+
+def _learning_rate(config):
+    """Returns the learning rate of a training's last step."""
+    last = config['max_num_training_steps'] - 1
+    return [rate for step, rate in config['step_size_schedule'] if step == 0 or step < last][-1]
+
+
+def check_steps(config, data):
+    """Raises UserError where half of the training would be nothing."""
+    if config['max_num_training_steps'] < 2:
+        raise UserError('max_num_training_steps must be at least 2, as the training is judged at '
+                        'half of it, too, got 1')
