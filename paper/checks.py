@@ -11,7 +11,7 @@ from config import relevant
 from doubts import Probe, doubled
 from eval import lost_iterates, make_judges, run_direct
 from paper import formats
-from paper.cells import JUDGES, result_of, right_of
+from paper.cells import JUDGES, SLOW_ATTACKS, result_of, right_of
 from paper.intervals import paired_difference
 from paper.published import DEFAULT, MODES, PAPER_TABLES, SHAPED, Training
 from paper.trainings import name_of
@@ -133,9 +133,11 @@ def flag_rows(name, of_training, inference, config):
     """
     n = min(FEW_EXAMPLES, config['num_eval_examples'])
 
-    def run(attack, **changed):
-        return of_training.if_kept(
-            of_training.attack, attack, (inference,), num_eval_examples=n, **changed)
+    def run(attack, epsilon, **changed):
+        settings = at_epsilon(epsilon) | changed | {'num_eval_examples': n}
+        if attack in SLOW_ATTACKS and not changed:
+            settings = {}  # as Table I has it
+        return of_training.if_kept(of_training.attack, attack, (inference,), **settings)
 
     def closest(what, pairs):
         """Returns the row of the pair (epsilon, strong, weak) that is closest to failing."""
@@ -143,19 +145,18 @@ def flag_rows(name, of_training, inference, config):
         if not pairs:
             return []
         epsilon, strong, weak = max(pairs, key=lambda pair: paired_difference(
-            right_of(pair[1], inference), right_of(pair[2], inference))[1][0])
+            *right_in(pair[1:], inference))[1][0])
         return [compared(name, f'{what}; closest: epsilon {epsilon:g}', strong, weak, inference)]
 
     rows = []
     for attack in ('adaptive', *(['apgd_eot'] if inference in FORMS else [])):
         for flag, changed in doubled(attack, config):
             rows += closest(f'`{attack}` under `{inference}`: {flag} (twice) leave no less', [
-                (epsilon, run(attack, **at_epsilon(epsilon)),
-                 run(attack, **at_epsilon(epsilon), **changed))
+                (epsilon, run(attack, epsilon), run(attack, epsilon, **changed))
                 for epsilon in epsilons_of(attack, config)])
     for weak in ('square', 'adaptive_pgd'):
         rows += closest(f'`adaptive` under `{inference}` is as strong as `{weak}`', [
-            (epsilon, run('adaptive', **at_epsilon(epsilon)), run(weak, **at_epsilon(epsilon)))
+            (epsilon, run('adaptive', epsilon), run(weak, epsilon))
             for epsilon in epsilons_of(weak, config)])
     found = of_training.if_kept(
         of_training.get, f'indicators-{inference}', [relevant(config), inference, n],
@@ -172,7 +173,7 @@ def flag_rows(name, of_training, inference, config):
 
 def epsilons_of(attack, config):
     """Returns at which epsilons flag_rows holds an attack: the slow ones at one."""
-    return [config['epsilon']] if attack in ('apgd_eot', 'square') else EPSILONS
+    return [config['epsilon']] if attack in SLOW_ATTACKS else EPSILONS
 
 
 def indicators(model, data, config, inference, n):
@@ -228,11 +229,17 @@ def compared(name, what, strong, weak, inference, strictly=False):
     Args:
         strong, weak: evaluations. strictly: it must leave less.
     """
-    a, b = right_of(strong, inference), right_of(weak, inference)
+    a, b = right_in((strong, weak), inference)
     value, interval = paired_difference(a, b)
     low, high = interval
     return check_row(name, what, f'{formats.percent(a.mean())} / {formats.percent(b.mean())}',
                      formats.difference(value, interval), high < 0 if strictly else low <= 0)
+
+
+def right_in(evaluations, inference):
+    """Returns who was right in several evaluations, on the images that all of them have."""
+    right = [right_of(evaluation, inference) for evaluation in evaluations]
+    return [each[:min(map(len, right))] for each in right]
 
 
 def check_row(name, what, accuracy, difference, holds):

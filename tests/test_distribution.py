@@ -44,9 +44,14 @@ def both(found, prefix):
 
 @pytest.mark.parametrize('network', ['Model', 'SmoothModel'])
 def test_the_attacks_gradient_through_synchronized_norms_is_one_devices(found, network):
-    """It flows through the statistics from one replica to the other."""
+    """It flows through the statistics from one replica to the other.
+
+    Rounding may push an activation over the kink of the leaky ReLU, which changes the gradient of
+    the pixels that it sees by some percent. SmoothModel has no kink.
+    """
     (_, one, two), = both(found, f'gradient/{network}')
-    assert np.abs(one - two).max() < 1e-5 * np.abs(one).max()
+    share, tolerance = (100, 1e-5) if network == 'SmoothModel' else (98, 1e-3)
+    assert np.percentile(np.abs(one - two), share) < tolerance * np.abs(one).max()
     assert np.abs(one).max() > 0
 
 
