@@ -411,6 +411,11 @@ TABLES = {
         variations.HEADER, variations.variation_rows, ACCURACY + DIFFERENCES,
         variations.MAX_EXAMPLES, variations.NOTE, plots={'variations_gap': plots.gaps},
         checks=(variations.check_steps,), apart=True),
+    'crossed': Table(
+        "A mistake that would make numbers like the paper's",
+        variations.CROSSED,
+        variations.CROSSED_HEADER, variations.crossed_rows, ACCURACY, variations.MAX_EXAMPLES,
+        variations.CROSSED_NOTE, checks=(check_shaping_attack,)),
     'claims': Table(
         "The paper's claims that compare two of its numbers",
         tuple(dict.fromkeys(of.training for claim in CLAIMS

@@ -14,7 +14,8 @@ from paper import formats
 from paper.cells import kept_of, result_of, right_of
 from paper.experiments import mean_shifts, norm_shifts
 from paper.intervals import paired_difference
-from paper.published import NATURAL, NORM_SHAPING, PAPER_TABLES, SHAPED, Training
+from paper.published import (INFERENCES, NATURAL, NORM_SHAPING, PAPER_ATTACKS, PAPER_TABLES, SHAPED,
+                             Training)
 from paper.trainings import name_of
 from running import UserError
 
@@ -62,6 +63,12 @@ VARIATIONS = (
     Variation('conjecture: examples and `pn` of another model', 'half of the training', SHAPED,
               source=_shaped('half')),
 )
+CROSSED = Training('pgd', NATURAL), SHAPED  # makes the examples; is held for it
+CROSSED_HEADER = ['attack', '`bn`, norm shaping', 'paper', '`pn`, natural training', 'paper',
+                  '`bn_shaping`, norm shaping', 'paper']
+CROSSED_NOTE = ("Conjecture: as if the examples had been made on a naturally trained model, and the "
+                "column of `pn` were of that model. The paper's numbers are those of its "
+                "norm-shaped model in Table I. Nothing says that it made this mistake.")
 TRAININGS = tuple(dict.fromkeys(training for each in VARIATIONS
                                 for training in (each.training, each.source) if training))
 
@@ -122,19 +129,20 @@ def _judged(each, config, evaluations):
 
 
 def crossed(attack, source, target, config):
-    """Returns the evaluation of one model's examples, judged by its `pn` and another's bn_shaping.
+    """Returns the evaluation of one model's examples, judged by its `pn` and another's batch norms.
 
     Args:
-        attack: 'clean', or one that is made with `pn`.
-        source, target: Evaluations of the training that makes the examples, and of the other.
+        attack: 'clean', or one that is not direct.
+        source, target: Evaluations of the training that makes the examples, and of the other, which
+            judges them by bn and bn_shaping.
     """
-    settings = {**target.config, **_attack(config, target), 'num_eval_examples': _number(config)}
+    settings = {**target.config, **_attack(config, target)}
 
     def compute(unfinished):
         data, model = target.data, target.load()
         other = source.twin()
         judges = (make_judges(other, data, settings, ['pn'])
-                  | make_judges(model, data, settings, ['bn_shaping']))
+                  | make_judges(model, data, settings, ['bn', 'bn_shaping']))
         results, _, in_ball = evaluate_attack(
             attack, make_attack(attack, other, data, settings), data, settings, judges, 1,
             unfinished)
@@ -142,6 +150,16 @@ def crossed(attack, source, target, config):
 
     return target.get(f'{attack}-crossed-{source.name}', relevant(settings, attack), compute,
                       source.digests[:1])
+
+
+def crossed_rows(config, evaluations):
+    """Returns the paper's attacks as if its `pn` column were that of another model."""
+    source, target = (evaluations[name_of(each, config)] for each in CROSSED)
+    found = {attack: crossed(attack, source, target, config) for attack in PAPER_ATTACKS}
+    return [[attack, *(cell for i, inference in enumerate(INFERENCES) for cell in (
+        formats.accuracy(result_of(evaluation, inference), _number(config)),
+        formats.percent(PAPER_TABLES['pgd'][NORM_SHAPING][attack][i])))]
+        for attack, evaluation in found.items()]
 
 
 def _number(config):

@@ -570,7 +570,7 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
     ([], [], 'nothing to reproduce; expected one or more of summary, table1'),
     (['table5'], [], "'table5' is none of summary, table1, table2, table3, table4, confoundings, "
                      'shifts, sweeps, seeds, norms, gap, transfer, neighbours, checks, scales, '
-                     'binarization, curves, gallery, variations, claims, all'),
+                     'binarization, curves, gallery, variations, crossed, claims, all'),
     (['table1'], ['training_mode=natural'], 'training_mode must be shaping_in_attack_and_training '
      'and adversary pgd, as the tables vary them, got natural and pgd'),
     (['gap'], ['shaping_batch_size=5560', 'eval_batch_size=1000'],

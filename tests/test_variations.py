@@ -137,6 +137,16 @@ def test_crossed_examples_are_judged_by_the_pn_of_the_model_that_made_them(evalu
     assert result_of(crossed, 'bn_shaping')['xent'] != result_of(direct, 'bn_shaping')['xent']
 
 
+def test_the_crossed_table_stands_beside_table_i(evaluations, monkeypatch):
+    config, found = evaluations
+    monkeypatch.setattr(variations, 'PAPER_ATTACKS', ('clean', 'fgsm', 'shaping'))
+    rows = variations.crossed_rows({**config, 'eval_batch_size': 20}, found)
+    assert [row[0] for row in rows] == ['clean', 'fgsm', 'shaping']
+    assert rows[1][2::2] == ['55.2', '59.7', '74.0']
+    natural = found['pgd_natural'].attack('fgsm', ('pn',), num_eval_examples=20)
+    assert rows[1][3].startswith(f'{100 * result_of(natural, "pn")["accuracy"]:.1f} [')
+
+
 def test_the_steps_of_a_training_leave_a_half(small_config, data):
     with pytest.raises(UserError, match='max_num_training_steps must be at least 2'):
         variations.check_steps(small_config(max_num_training_steps=1), data)
