@@ -66,9 +66,10 @@ VARIATIONS = (
 CROSSED = Training('pgd', NATURAL), SHAPED  # makes the examples; is held for it
 CROSSED_HEADER = ['attack', '`bn`, norm shaping', 'paper', '`pn`, natural training', 'paper',
                   '`bn_shaping`, norm shaping', 'paper']
-CROSSED_NOTE = ("Conjecture: as if the examples had been made on a naturally trained model, and the "
-                "column of `pn` were of that model. The paper's numbers are those of its "
-                "norm-shaped model in Table I. Nothing says that it made this mistake.")
+CROSSED_NOTE = (
+    'Conjecture: as if the examples had been made on a naturally trained model, and the column of '
+    "`pn` were of that model. The paper's numbers are those of its norm-shaped model in Table I. "
+    'Nothing says that it made this mistake.')
 TRAININGS = tuple(dict.fromkeys(training for each in VARIATIONS
                                 for training in (each.training, each.source) if training))
 
