@@ -46,3 +46,5 @@ def without_notices():
 with without_notices():
     import tensorflow as tf
     tf.config.list_physical_devices()  # looks for a GPU, and says so where there is none
+# Each evaluation builds the graphs of its own inference and attack, on purpose
+tf.get_logger().addFilter(lambda record: 'triggered tf.function retracing' not in str(record.msg))
