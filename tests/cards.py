@@ -97,12 +97,13 @@ def card_of(folder):
         'dataset': config['dataset'], 'classes': config['classes'] or CLASSES,
         'data': 'CIFAR-10 whose images went through JPEG compression once',
         'training': {key: config[key] for key in (
-            'adversary', 'training_mode', 'shaping_ratio', 'attack_norms', 'max_num_training_steps',
-            'training_batch_size', 'precision', 'tf_random_seed', 'np_random_seed')},
+            'adversary', 'trades_beta', 'trades_xent', 'training_mode', 'shaping_ratio',
+            'attack_norms', 'max_num_training_steps', 'training_batch_size', 'precision',
+            'tf_random_seed', 'np_random_seed')},
         'threat_model': f'L-infinity, {config["epsilon"]:g} of 255; the attacker knows the weights '
                         'and the draw that answers',
         'accuracy': accuracies(group, name),
-        'made_by': f'reproduce.py table1 table2; results/{group}; RESULTS.md'}
+        'made_by': f'reproduce.py; results/{group}; RESULTS.md'}
 
 
 def main():
