@@ -78,7 +78,7 @@ def variation_rows(config, evaluations):
     """Returns a row for each variation; of stored evaluations, for those that are there."""
     rows = [row for row in (_row(each, config, evaluations) for each in VARIATIONS) if row]
     paper = PAPER_TABLES['pgd'][NORM_SHAPING]
-    pn, shaped = 1, 2
+    pn, shaped = map(INFERENCES.index, ('pn', 'bn_shaping'))
     return [*rows, ['all of it', 'the paper: w32-10, ten classes, 80,000 steps', '0.0001', *(
         formats.percent(paper[attack][i]) for attack in ('clean', 'pgd') for i in (pn, shaped)),
         f'{100 * (paper["pgd"][shaped] - paper["pgd"][pn]):+.1f}', '', '']]
