@@ -7,7 +7,7 @@ that it was made.
 """
 from typing import NamedTuple
 
-from attacks import make_attack
+from attacks import make_attack, num_examples
 from config import relevant
 from eval import evaluate_attack, make_judges
 from paper import formats
@@ -149,8 +149,8 @@ def crossed(attack, source, target, config):
             unfinished)
         return kept_of(results, in_ball)
 
-    return target.get(f'{attack}-crossed-{source.name}', relevant(settings, attack), compute,
-                      source.digests[:1])
+    identity = {**relevant(settings, attack), 'num_examples': num_examples(attack, settings)}
+    return target.get(f'{attack}-crossed-{source.name}', identity, compute, source.digests[:1])
 
 
 def crossed_rows(config, evaluations):
