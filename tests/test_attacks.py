@@ -1,4 +1,5 @@
 """The evaluation's attacks, against closed forms, plain loops and what they promise to know."""
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,6 +8,8 @@ from attacks import apgd, hopskipjump, make_attack, minimum_norm, random_search,
 from attacks.adaptive import AdaptivePGD
 from attacks.minimum_norm import minimum_norm_attack
 from cifar10_input import CIFAR10Data
+from config import load_config
+from model import Model
 from pgd_attack import LinfPGDAttack
 from running import UserError
 import train
@@ -271,22 +274,35 @@ def test_targets_are_the_most_probable_wrong_classes(linear):
         assert (target.numpy() == order[:, rank]).all()
 
 
-@pytest.fixture
-def learned(small_model, small_config):
-    """(the smallest network after a few natural steps, its data), most of which it answers right"""
-    config = small_config(training_mode='natural', step_size_schedule=[[0, 0.02]],
-                          training_batch_size=64)
+@pytest.fixture(scope='module')
+def taught():
+    """(weights of the smallest network after a few natural steps, (images, labels) twice)"""
+    config = load_config(settings=[
+        'dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'training_mode=natural',
+        'step_size_schedule=[[0, 0.02]]'])
     rng = np.random.default_rng(0)
     def subset(n):
         y = rng.integers(0, 10, n)
         x = 128 + 12 * np.sin(y[:, None, None, None] + np.arange(3) * 2) + rng.normal(
             0, 10, (n, 32, 32, 3))
         return np.clip(x, 0, 255).astype(np.uint8), y
-    data = CIFAR10Data(subset(640), subset(60), [str(i) for i in range(10)])
-    step = train.make_train_step(small_model, train.make_optimizer(config), config)
+    subsets = subset(640), subset(60)
+    data = CIFAR10Data(*subsets, [str(i) for i in range(10)])
+    keras.utils.set_random_seed(0)
+    model = Model(num_residual_units=1, width_factor=1)
+    step = train.make_train_step(model, train.make_optimizer(config), config)
     for i in range(60):
         step(*map(tf.constant, data.train_data.get_batch(i, 64)), tf.constant(i, tf.int64))
-    return small_model, data
+    return [v.numpy() for v in model.variables], subsets
+
+
+@pytest.fixture
+def learned(taught, small_model):
+    """(the smallest network after a few natural steps, its data), most of which it answers right"""
+    weights, subsets = taught
+    small_model.set_weights(weights)
+    return small_model, CIFAR10Data(*([each.copy() for each in subset] for subset in subsets),
+                                    [str(i) for i in range(10)])
 
 
 @pytest.mark.parametrize('mode, size', [
