@@ -1,5 +1,7 @@
 """How numbers are shown in the tables: percent, points, intervals, Markdown."""
 from doubts import is_transferred
+from paper.cells import result_of, right_in_draws
+from paper.intervals import paired_difference
 
 
 def percent(value):
@@ -28,6 +30,18 @@ def difference(value, interval):
     """Returns '+7.1 [+5.3, +8.9]': a difference of accuracies and its interval, in points."""
     low, high = interval
     return f'{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]'
+
+
+def pn_and_shaping(evaluation, n):
+    """Returns three cells: accuracy judged by pn, by bn_shaping, and their difference.
+
+    Args:
+        n: on how many examples the table's numbers are; fewer are marked.
+    """
+    gain = paired_difference(*(right_in_draws(evaluation, inference)
+                               for inference in ('bn_shaping', 'pn')))
+    return [*(accuracy(result_of(evaluation, inference), n)
+              for inference in ('pn', 'bn_shaping')), difference(*gain)]
 
 
 def markdown(header, rows):

@@ -186,7 +186,7 @@ def norms_rows(config, evaluations):
             clean, pgd = (evaluations[name].attack(attack, norms=rule, num_eval_examples=n)
                           for attack in ('clean', 'pgd'))
             rows.append([f'`{name}`', meaning, formats.accuracy(result_of(clean, 'pn'), n),
-                         *pn_and_shaping(pgd, n)])
+                         *formats.pn_and_shaping(pgd, n)])
     return rows
 
 
@@ -196,7 +196,7 @@ def gap_rows(config, evaluations):
     for attack in GAP_ATTACKS:
         evaluation = evaluations[name_of(SHAPED, config)].attack(attack, judging(attack))
         paper = PAPER_TABLES['pgd'][NORM_SHAPING].get(attack)
-        rows.append([attack, *pn_and_shaping(evaluation, config['num_eval_examples']),
+        rows.append([attack, *formats.pn_and_shaping(evaluation, config['num_eval_examples']),
                      f'{100 * (paper[shaped] - paper[pn]):+.1f}' if paper else ''])
     return rows
 
@@ -225,18 +225,6 @@ def judging(attack):
     A direct attack's others are not made; what is made once is judged as Tables I and II ask for.
     """
     return ('pn', 'bn_shaping') if attack in DIRECT else JUDGES
-
-
-def pn_and_shaping(evaluation, n):
-    """Returns three cells: accuracy judged by pn, by bn_shaping, and their difference.
-
-    Args:
-        n: on how many examples the table's numbers are; fewer are marked.
-    """
-    gain = paired_difference(*(right_in_draws(evaluation, inference)
-                               for inference in ('bn_shaping', 'pn')))
-    return [*(formats.accuracy(result_of(evaluation, inference), n)
-              for inference in ('pn', 'bn_shaping')), formats.difference(*gain)]
 
 
 # ---- what would fail after hours

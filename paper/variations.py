@@ -101,11 +101,9 @@ def _row(each, config, evaluations):
         return None
     of_training, n = evaluations[name_of(each.training, config)], _number(config)
     clean, pgd = judged
-    difference = paired_difference(*(right_of(pgd, by) for by in ('bn_shaping', 'pn')))
     row = [each.varied, each.value, f'{_learning_rate(of_training.config):g}',
-           *(formats.accuracy(result_of(which, by), n)
-             for which in (clean, pgd) for by in ('pn', 'bn_shaping')),
-           formats.difference(*difference)]
+           *(formats.accuracy(result_of(clean, by), n) for by in ('pn', 'bn_shaping')),
+           *formats.pn_and_shaping(pgd, n)]
     if each.norms != 'trained' or each.source:  # the rest is that of an earlier row
         return [*row, '', '']
     adaptive = of_training.attack('adaptive_pgd', ('bn_shaping',), **_attack(config, of_training))
