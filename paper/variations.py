@@ -18,6 +18,7 @@ from paper.published import (INFERENCES, NATURAL, NORM_SHAPING, PAPER_ATTACKS, P
                              Training)
 from paper.trainings import name_of
 from running import UserError
+from train import make_optimizer
 
 MAX_EXAMPLES = 1000
 HEADER = ['varied', 'value', 'learning rate', 'clean, `pn`', 'clean, `bn_shaping`',
@@ -174,8 +175,9 @@ def _attack(config, of_training):
 
 def _learning_rate(config):
     """Returns the learning rate of a training's last step."""
-    last = config['max_num_training_steps'] - 1
-    return [rate for step, rate in config['step_size_schedule'] if step == 0 or step < last][-1]
+    optimizer = make_optimizer(config)
+    optimizer.iterations.assign(config['max_num_training_steps'] - 1)
+    return float(optimizer.learning_rate)
 
 
 def check_steps(config, data):
