@@ -246,7 +246,7 @@ def test_the_two_commands_of_the_readme():
         ['python', 'train.py', '--config', 'configs/quick.json'],
         ['python', 'eval.py', '--config', 'configs/quick.json']]
     assert commands(test) == [['pip', 'install', '-r', 'requirements-dev.txt'],
-                              ['python', '-m', 'pytest']]
+                              ['python', '-m', 'pytest', '-n', '2']]
 
 
 def test_installed_requirement_files_exist():
