@@ -79,8 +79,8 @@ class Probe:
         return float(np.mean(np.concatenate(vanishes)))
 
 
-def fewer(strong, weak, level=LEVEL):
-    """Whether one attack leaves fewer images right than another, by more than chance explains.
+def chance(strong, weak):
+    """Returns the probability that one attack leaves so many fewer images right by chance alone.
 
     The exact one-sided McNemar test: of the images that one of them alone leaves right, as many
     should be either's.
@@ -92,7 +92,12 @@ def fewer(strong, weak, level=LEVEL):
     strong, weak = (np.atleast_2d(right)[0] for right in (strong, weak))
     lost, gained = int(np.sum(weak & ~strong)), int(np.sum(strong & ~weak))
     n = lost + gained
-    return n > 0 and sum(comb(n, k) for k in range(lost, n + 1)) <= level * 2 ** n
+    return sum(comb(n, k) for k in range(lost, n + 1)) / 2 ** n  # of integers of any size
+
+
+def fewer(strong, weak, level=LEVEL):
+    """Whether one attack leaves fewer images right than another, by more than chance explains."""
+    return chance(strong, weak) <= level
 
 
 def flags_of(result, probe, right):

@@ -403,9 +403,9 @@ def worst_cases(right, in_ball, settings, config):
 
     First over the attacks that were run on all images, and of these over the direct ones and over
     the transferred ones, where there are both; then over all attacks, on the images that all were
-    run on. Under each judge over the attacks that it judged. "In ball": only the examples within
-    epsilon count, so not FGSM's at 16 nor what C&W and DeepFool find farther off. None where there
-    is a single attack.
+    run on. Under each judge over the attacks that it judged; `clean` alone makes no row. "In ball":
+    only the examples within epsilon count, so not FGSM's at 16 nor what C&W and DeepFool find
+    farther off. None where there is a single attack.
 
     Args:
         right: {attack: {judge: bool [draws, n]}}, which are right. in_ball: {attack: {judge: bool
@@ -432,7 +432,7 @@ def worst_cases(right, in_ball, settings, config):
         for name, attacks in chosen.items():
             n = fewest if name in (WORST_OF_SLOW, WORST_CASE) else most
             ball = {'epsilon': config['epsilon']} if name != WORST_CASE else {}
-            if attacks:
+            if set(attacks) - {'clean'}:
                 survive = [right[a][judge][:, :n] | (bool(ball) & ~in_ball[a][judge][:n])
                            for a in attacks]
                 rows[name].append(cell(name, judge, np.all(survive, axis=0), config, {
@@ -454,7 +454,7 @@ def cell(name, judge, right, config, settings):
     result = {'attack': name, 'inference': mode, 'accuracy': float(accuracies.mean()),
               'interval': [*wilson_interval(float(accuracies.mean()) * n, n)], 'num_examples': n,
               'right': [as_digits(of_draw) for of_draw in right], **settings,
-              'eval_batch_size': min(config['eval_batch_size'], n),
+              'eval_batch_size': config['eval_batch_size'],
               **form_of(mode, config), 'number_forward_passes': (ratio or 0) + 1}
     if ratio is not None:
         result['inference_shaping_ratio'] = ratio

@@ -199,7 +199,7 @@ def compared(row):
     """
     settings = {key: value for key, value in row.items() if key not in (
         *FOUND, *ORIGIN, 'checkpoint_digest', 'data', 'np_random_seed', 'num_examples',
-        'eval_batch_size', 'precision')}
+        'eval_batch_size', 'num_validation_examples', 'precision')}
     of_attacks = settings.pop('attack_settings', {})
     for attack, of_attack in of_attacks.items() if isinstance(of_attacks, dict) else ():
         if isinstance(of_attack, dict):

@@ -11,9 +11,10 @@ from running import UserError
 MAX_IMAGES = 1000  # in one forward pass of shaped batches: a bound on memory, not on a call
 MAX_GRADIENT_IMAGES = 100  # in one gradient of them, which keeps all activations
 DRAW = 10 ** 6  # offset between the query numbers of successive draws of clean samples
-# The modes that draw, and the keys that say how: their form
-FORMS = {'bn_shaping': ('inference_shaping_ratio', 'shaping_batch_size'),
-         'bn_recorded': ('inference_shaping_ratio', 'num_recordings', 'recorded_samples')}
+# The modes that draw, and the keys that say how: their form. Validation images are not drawn
+FORMS = {'bn_shaping': ('inference_shaping_ratio', 'shaping_batch_size', 'num_validation_examples'),
+         'bn_recorded': ('inference_shaping_ratio', 'num_recordings', 'recorded_samples',
+                         'num_validation_examples')}
 OTHERS, RECORDINGS, DRAWN_RECORDING = 1, 1, 2  # beside the seed: each has random numbers of its own
 
 

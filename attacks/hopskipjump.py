@@ -21,10 +21,11 @@ class HopSkipJump:
 
     Args:
         inference: a shaping.Inference that answers each image alone.
-        images, labels: of the evaluation. batch_size: of the evaluation. seed: of all noise.
+        images, labels: of the evaluation. others: images to start from.
+        batch_size: of the evaluation. seed: of all noise.
 
     What differs from foolbox, each on purpose:
-    - It starts from the nearest of NUM_STARTS natural images that gets another label than y.
+    - It starts from the nearest of the first NUM_STARTS test images that gets another label than y.
       (foolbox starts from uniform noise, and gives up a whole batch if noise of any kind gets the
       label of one of its images, as it easily does with few classes.)
     - The direction of each image is normalized by itself. (foolbox divides by the norm over the
@@ -38,13 +39,14 @@ class HopSkipJump:
         UserError: foolbox is not installed.
     """
 
-    def __init__(self, inference, images, labels, batch_size, seed):
+    def __init__(self, inference, images, labels, others, batch_size, seed):
         if inference.coupled:
             raise Coupled(f'hopskipjump needs labels that depend on one image alone, and under '
                           f'{inference.mode} the images of a batch share their norms; expected pn, '
                           'bn_recorded, or bn_shaping with one test sample in a batch')
         self.foolbox = optional('foolbox', 'the attack hopskipjump needs foolbox')
         self.inference, self.images, self.labels = inference, images, labels
+        self.others = others.astype(np.float32) / 255
         self.batch_size, self.seed, self.num_queries = batch_size, seed, 0
         self.attack = normalized_alone(self.foolbox)(
             steps=SETTINGS['num_steps'], constraint='l2',
@@ -77,8 +79,7 @@ class HopSkipJump:
             self.num_queries += 1
             return self._graph(x, drawn)
 
-        x, found = starting_points(lambda x: np.argmax(logits(x), 1), x_nat, y,
-                                   self.images[:NUM_STARTS].astype(np.float32) / 255)
+        x, found = starting_points(lambda x: np.argmax(logits(x), 1), x_nat, y, self.others)
         tf.random.set_seed((self.seed + int(numbers[0])) % 2 ** 31)  # foolbox takes no seed
         fmodel = self.foolbox.TensorFlowModel(logits, bounds=(0, 1), device=device())
         # -1: any label will do, so that an image without a start stays, and holds up no other
@@ -123,8 +124,8 @@ def starting_points(decide, x_nat, y, others):
 
 def hopskipjump(inference, data, config, num_draws):
     """Returns HopSkipJump through the first of the draws that answer; see attacks.make_attack."""
-    attack = HopSkipJump(inference, *eval_examples(data, config), config['eval_batch_size'],
-                         config['np_random_seed'])
+    attack = HopSkipJump(inference, *eval_examples(data, config), data.eval_data.xs[:NUM_STARTS],
+                         config['eval_batch_size'], config['np_random_seed'])
     known = {'num_draws_known': 1} if inference.draws else {}
     return attack, {'epsilon': None, 'norms': inference.mode, **SETTINGS, **known,
                     **form_of(inference.mode, config),

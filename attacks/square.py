@@ -28,13 +28,18 @@ class SquareAttack:
     Args:
         logits: f(x [b, 32, 32, 3], drawn) -> logits [b, classes].
         epsilon: radius of the ball in pixels. num_queries: queries an image, the first of stripes.
+        asks_again: the images are asked once more after each of these: see below.
 
-    What the paper leaves open, for a defence that draws: a query's loss is under a draw of its own,
-    and a square is kept if its loss is the lowest so far. No image is given up after a lucky draw.
+    What the paper leaves open:
+    - For a defence that draws, a query's loss is under a draw of its own, and a square is kept if
+      its loss is the lowest so far. No image is given up after a lucky draw.
+    - Where images share norms (`bn`), a square's loss is measured beside the squares of the other
+      images, some of which are then taken back. So the loss of what is kept is asked for again.
     """
 
-    def __init__(self, logits, epsilon, num_queries):
+    def __init__(self, logits, epsilon, num_queries, asks_again=False):
         self.logits, self.epsilon, self.num_queries = logits, epsilon, num_queries
+        self.asks_again = asks_again
         self._graph = tf.function(self._perturb)
 
     def perturb(self, x_nat, y, seed, drawn):
@@ -63,29 +68,32 @@ class SquareAttack:
         for query in tf.range(1, self.num_queries):
             # A square of one colour, for each image at its own place
             side = sides[query]
-            of_query = tf.random.fold_in(seed, query, alg='philox')
+            of_square = tf.random.fold_in(seed, query, alg='philox')
             top, left = tf.unstack(tf.random.stateless_uniform(
-                [2, b], of_query, 0, size - side + 1, tf.int32, alg='philox'))
+                [2, b], of_square, 0, size - side + 1, tf.int32, alg='philox'))
             square = inside(top, side)[:, :, None] & inside(left, side)[:, None, :]
-            colour = signs([b, 1, 1, 3], tf.random.fold_in(of_query, 1, alg='philox'))
+            colour = signs([b, 1, 1, 3], tf.random.fold_in(of_square, 1, alg='philox'))
             x_new = tf.where(square[..., None], x + 2 * self.epsilon * colour, x)
             x_new = project(x_new, x_nat, self.epsilon)
             # It stays where the margin is the lowest so far
-            loss_new = margin(self.logits(x_new, drawn[query % len(drawn)]), y)
+            of_query = drawn[query % len(drawn)]
+            loss_new = margin(self.logits(x_new, of_query), y)
             better = loss_new < loss
             x = tf.where(better[:, None, None, None], x_new, x)
-            loss = tf.where(better, loss_new, loss)
+            loss = (margin(self.logits(x, of_query), y) if self.asks_again else
+                    tf.where(better, loss_new, loss))
         return x
 
 
 def square(inference, data, config, num_draws):
     """Returns Square Attack through the inference that answers; see attacks.make_attack.
 
-    Every query meets a fresh draw: the attacker sees scores, and has no say in what is drawn.
+    Every query meets a fresh draw: the attacker sees scores, and has no say in what is drawn. Under
+    `bn`, an image is asked again after each query but the first.
     """
     images, labels = eval_examples(data, config)
-    queries = config['square_queries']
-    attack = SquareAttack(inference.logits, config['epsilon'], queries)
+    queries, asks_again = config['square_queries'], inference.coupled and not inference.draws
+    attack = SquareAttack(inference.logits, config['epsilon'], queries, asks_again)
 
     def perturb(start, end):
         rng = np.random.default_rng([config['np_random_seed'], start, 0, 0, 3])
@@ -100,4 +108,4 @@ def square(inference, data, config, num_draws):
 
     return perturb, {'epsilon': config['epsilon'], 'square_queries': queries,
                      'norms': inference.mode, **form_of(inference.mode, config),
-                     'queries': queries}
+                     'queries': 2 * queries - 1 if asks_again else queries}

@@ -190,15 +190,26 @@ class StoredEvaluations(Evaluations):
 
     Args:
         name: of the training. config: its configuration. folder: where the evaluations are kept.
+
+    Raises:
+        UserError: some are of other weights or images than others.
     """
 
     def __init__(self, name, config, folder):
         self.name, self.config, self.folder, self.kept = name, config, folder, {}
         self.digests = []
-        for path in glob.glob(os.path.join(glob.escape(folder), f'{name}-*.json')):
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), f'{name}-*.json'))):
             evaluation = read_json(path)
-            of_training, what, *_, identity = evaluation['identity']
-            self.kept[json.dumps([of_training, what, identity], sort_keys=True)] = evaluation
+            of_training, what, *digests, identity = evaluation['identity']
+            if of_training != name:  # the name of another one begins alike
+                continue
+            self.digests = self.digests or digests[:2]  # of the weights and the images
+            key = json.dumps([name, what, identity], sort_keys=True)
+            if digests[:2] != self.digests or key in self.kept:
+                raise UserError(f'{folder} holds evaluations of more than one model or data set '
+                                f'named {name}, {os.path.basename(path)} for one; expected those '
+                                'of one: remove the others')
+            self.kept[key] = evaluation
 
     def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', num_draws=None,
                source=None, **settings):

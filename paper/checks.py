@@ -8,7 +8,7 @@ from attacks import DIRECT
 from attacks.random_search import RANDOM_DRAWS
 from cifar10_input import eval_examples
 from config import relevant
-from doubts import Probe, doubled
+from doubts import Probe, chance, doubled, is_direct
 from eval import lost_iterates, make_judges, run_direct
 from paper import formats
 from paper.cells import JUDGES, SLOW_ATTACKS, result_of, right_of
@@ -23,6 +23,7 @@ SWEEPS = {'num_steps': (1, 2, 5, 10, 20, 50, 100),
           'epsilon': (0, 1, 2, 4, 8, 16, 32, 64)}
 MAX_EXAMPLES = 500  # the sweeps are a check of the attacks, not a result
 FEW_EXAMPLES = 50   # of what is run again with twice the steps, restarts and draws
+LEVEL = 0.025       # one-sided: half of that of the flags, as there are many checks
 EPSILONS = SWEEPS['epsilon'][1:]
 
 SWEEPS_HEADER = ['training', 'pgd with', 'under `pn`', 'under `bn_shaping`',
@@ -99,8 +100,8 @@ def sweep_rows(config, evaluations):
 def check_rows(config, evaluations):
     """Returns what must hold if the attacks are sound: the numbers, and whether it does.
 
-    A stronger attack must leave no more accuracy than a weaker one. This is checked in pairs of the
-    same samples: it fails where the whole interval of the difference is above zero.
+    A stronger attack must leave no more accuracy than a weaker one. It fails where the weaker one
+    leaves less on the same samples, by the exact McNemar test at LEVEL.
     """
     rows = []
     for training in SWEPT:
@@ -114,15 +115,25 @@ def check_rows(config, evaluations):
             swept(evaluations[name], 'random', config), 'pn', strictly=True))
     for training in CHECKED:
         name = name_of(training, config)
-        rows.append(compared(
-            name, '`adaptive_pgd` under `bn_shaping` is as strong as `pgd`, transferred',
-            evaluations[name].attack('adaptive_pgd', ('bn_shaping',)),
-            evaluations[name].attack('pgd'), 'bn_shaping'))
+        for inference in JUDGES:
+            rows += direct_checks(name, evaluations[name], inference)
     for training in SWEPT:
         name = name_of(training, config)
         for inference in JUDGES:
             rows += flag_rows(name, evaluations[name], inference, config)
     return rows
+
+
+def direct_checks(name, of_training, inference):
+    """Returns the check that PGD through the norms that judge is as strong as PGD through pn."""
+    if inference == 'pn':  # there, they are the same
+        return []
+    direct = of_training.if_kept(of_training.attack, 'adaptive_pgd', (inference,))
+    if not direct or not any(is_direct('adaptive_pgd', result, inference)
+                             for result in direct['results']):  # an older folder's
+        return []
+    return [compared(name, f'`adaptive_pgd` under `{inference}` is as strong as `pgd`, transferred',
+                     direct, of_training.attack('pgd'), inference)]
 
 
 def flag_rows(name, of_training, inference, config):
@@ -144,8 +155,8 @@ def flag_rows(name, of_training, inference, config):
         pairs = [pair for pair in pairs if None not in pair]
         if not pairs:
             return []
-        epsilon, strong, weak = max(pairs, key=lambda pair: paired_difference(
-            *right_in(pair[1:], inference))[1][0])
+        epsilon, strong, weak = min(
+            pairs, key=lambda pair: closeness(*right_in(pair[1:], inference)))
         return [compared(name, f'{what}; closest: epsilon {epsilon:g}', strong, weak, inference)]
 
     rows = []
@@ -208,11 +219,10 @@ def sweep_checks(name, of_training, attack, inference, config):
             continue
         evaluations = {value: swept(of_training, attack, config, key, value) for value in values}
 
-        def least_gain(pair, evaluations=evaluations):
-            weak, strong = (right_of(evaluations[value], inference) for value in pair)
-            return paired_difference(strong, weak)[1][0]
+        def gain(pair, evaluations=evaluations):
+            return closeness(*(right_of(evaluations[value], inference) for value in pair[::-1]))
 
-        less, more = max(itertools.combinations(values, 2), key=least_gain)
+        less, more = min(itertools.combinations(values, 2), key=gain)
         rows.append(compared(
             name, f'{label}: accuracy does not rise with {key}; closest: {more} against {less}',
             evaluations[more], evaluations[less], inference))
@@ -231,9 +241,14 @@ def compared(name, what, strong, weak, inference, strictly=False):
     """
     a, b = right_in((strong, weak), inference)
     value, interval = paired_difference(a, b)
-    low, high = interval
+    holds = chance(a, b) <= LEVEL if strictly else chance(b, a) > LEVEL
     return check_row(name, what, f'{formats.percent(a.mean())} / {formats.percent(b.mean())}',
-                     formats.difference(value, interval), high < 0 if strictly else low <= 0)
+                     formats.difference(value, interval), holds)
+
+
+def closeness(strong, weak):
+    """Returns what is the least for the pair of attacks that is closest to failing."""
+    return chance(weak, strong), np.mean(weak) - np.mean(strong)
 
 
 def right_in(evaluations, inference):

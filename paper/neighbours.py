@@ -12,7 +12,7 @@ from paper.trainings import name_of
 from running.unfinished import batches
 from shaping import make_inference
 
-NUM_VICTIMS = 200
+NUM_VICTIMS = 100
 NUM_HELPERS = (1, 5, 9)  # of the QUERIES - 1 beside a victim
 AT_ONCE = 10             # victims
 HEADER = ['training', 'inference', 'helpers', 'their pixels', 'before', 'after', 'victims turned']

@@ -36,7 +36,8 @@ class Replay(NamedTuple):
 REPLAYS = {
     **{f'decay {decay}': Replay(decay=decay) for decay in (0.5, 0.99)},
     **{f'stale {steps}': Replay(stale=steps) for steps in (10, 100, 1000)}}
-NUM_REPLAYED = 200  # steps, at least, before the norms are taken: 0.99 ** (200 * 11) is 0
+NUM_REPLAYED = 500  # steps, at least, before the norms are taken: `fixed` makes two updates in
+# each, and 0.99 ** (500 * 2) is 0.00004
 
 
 def set_population_norms(model, data, config, rule):

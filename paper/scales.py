@@ -15,16 +15,16 @@ from paper.cells import kept_of, result_of
 from paper.published import INFERENCES, MODES, PAPER_TABLES, Training
 from paper.trainings import name_of
 
-SCALES = (1, 255)  # pixels lie in [0, scale]
-MAX_EXAMPLES = 500
+MAX_EXAMPLES = 500     # the rest, on [0, 1], is that of Tables I and II
 NUM_CW_EXAMPLES = 100  # of them; C&W needs up to 5,000 gradients an image
 FGSM = ((0.3, 1), (0.3, 255), (16., 255))  # epsilon, scale: CleverHans's default; the paper's
-HEADER = ['training', 'attack', 'pixels in', 'accuracy under `pn`', 'images moved',
+HEADER = ['training', 'attack', 'pixels in', 'images', 'accuracy under `pn`', 'moved',
           'their median L2 on [0, 1]', 'paper, `pn`']
 NOTE = """\
-C&W and DeepFool with CleverHans v2.1's defaults, made and judged with `pn`. An image on which the
-attack finds nothing is not moved. FGSM with CleverHans's default epsilon, 0.3, at both scales, and
-with the paper's: 16 on [0, 1] would make every pixel black or white."""
+C&W and DeepFool with CleverHans v2.1's defaults, made and judged with `pn`; on [0, 1] they are
+those of Tables I and II. An image on which the attack finds nothing is not moved. FGSM with
+CleverHans's default epsilon, 0.3, at both scales, and with the paper's: 16 on [0, 1] would make
+every pixel black or white."""
 
 
 def scale_rows(config, evaluations):
@@ -32,27 +32,28 @@ def scale_rows(config, evaluations):
     rows, n = [], min(MAX_EXAMPLES, config['num_eval_examples'])
     for adversary, table in PAPER_TABLES.items():
         for mode in MODES:
-            name = name_of(Training(adversary, mode), config)
-            shown = {attack: formats.percent(table[mode][attack][INFERENCES.index('pn')])
-                     for attack in table[mode]}
-            for attack, most in (('cw', NUM_CW_EXAMPLES), ('deepfool', n)):
-                for scale in SCALES:
-                    result = result_of(at_scale(evaluations[name], attack, scale, min(n, most)),
-                                       'pn')
+            of_training = evaluations[name_of(Training(adversary, mode), config)]
+            paper = {attack: formats.percent(of_attack[INFERENCES.index('pn')])
+                     for attack, of_attack in table[mode].items()}
+            for attack, most in (('cw', min(n, NUM_CW_EXAMPLES)), ('deepfool', n)):
+                for scale, evaluation in ((1, of_training.attack(attack)),
+                                          (255, on_255(of_training, attack, most))):
+                    result = result_of(evaluation, 'pn')
                     l2 = result['median_l2']
-                    rows.append([f'`{name}`', attack, f'[0, {scale}]', formats.accuracy(result, n),
-                                 f'{result["num_fooled"]} of {result["num_examples"]}',
-                                 '' if l2 is None else f'{l2:.3f}', shown[attack]])
+                    rows.append([f'`{of_training.name}`', attack, f'[0, {scale}]',
+                                 result['num_examples'], formats.accuracy(result),
+                                 result['num_fooled'], '' if l2 is None else f'{l2:.3f}',
+                                 paper[attack]])
             for epsilon, scale in FGSM:
-                result = result_of(evaluations[name].attack(
+                result = result_of(of_training.attack(
                     'fgsm', ('pn',), num_eval_examples=n, fgsm_epsilon=epsilon * 255 / scale), 'pn')
-                rows.append([f'`{name}`', f'fgsm, epsilon {epsilon:g}', f'[0, {scale}]',
-                             formats.accuracy(result, n), '', '', shown['fgsm']])
+                rows.append([f'`{of_training.name}`', f'fgsm, epsilon {epsilon:g}', f'[0, {scale}]',
+                             n, formats.accuracy(result), '', '', paper['fgsm']])
     return rows
 
 
-def at_scale(of_training, name, scale, n):
-    """Returns the evaluation under C&W or DeepFool on pixels of [0, scale], judged by pn.
+def on_255(of_training, name, n):
+    """Returns the evaluation under C&W or DeepFool on pixels of [0, 255], judged by pn.
 
     Args:
         of_training: an Evaluations. n: on how many images, from the first.
@@ -61,10 +62,9 @@ def at_scale(of_training, name, scale, n):
 
     def compute(unfinished):
         model, data = of_training.load(), of_training.data
-        attack = minimum_norm_attack(name, model, *eval_examples(data, config), scale)
+        attack = minimum_norm_attack(name, model, *eval_examples(data, config), scale=255)
         results, _, in_ball = evaluate_attack(
             name, attack, data, config, make_judges(model, data, config, ['pn']), 1, unfinished)
         return kept_of(results, in_ball)
 
-    return of_training.get(f'{name}-scale-{scale}', {**relevant(config, name), 'scale': scale},
-                           compute)
+    return of_training.get(f'{name}-scale-255', {**relevant(config, name), 'scale': 255}, compute)

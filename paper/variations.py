@@ -108,7 +108,9 @@ def _row(each, config, evaluations):
     if each.norms != 'trained' or each.source:  # the rest is that of an earlier row
         return [*row, '', '']
     adaptive = of_training.attack('adaptive_pgd', ('bn_shaping',), **_attack(config, of_training))
-    shifts = of_training.experiment(norm_shifts, relevant(of_training.config), mean_shifts)
+    settings = {**of_training.config, **_attack(config, of_training)}
+    shifts = of_training.get('norm_shifts', relevant(settings), lambda unfinished: mean_shifts(
+        norm_shifts(of_training.load(), of_training.data, settings, unfinished)))
     return [*row, formats.accuracy(result_of(adaptive, 'bn_shaping'), n),
             f'{shifts["tail"][0]:.3f} / {shifts["another"][0]:.3f}']
 

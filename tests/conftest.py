@@ -14,9 +14,6 @@ import zipfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # the numbers here are a CPU's
-if 'PYTEST_XDIST_WORKER' in os.environ:     # one of several: a core for each, subprocesses too
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
-    os.environ.setdefault('TF_NUM_INTRAOP_THREADS', '1')
 
 import running.quiet  # noqa: E402, F401
 from hypothesis import given, settings  # noqa: E402

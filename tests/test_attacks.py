@@ -105,7 +105,7 @@ def test_hopskipjump_finds_the_nearest_boundary_by_labels_alone(monkeypatch):
     labels, wrong = (lead < 0).astype(int), np.arange(n) < 2
     distances = np.abs(lead) / np.linalg.norm(direction) / 255
     attack = hopskipjump.HopSkipJump(Inference(model, 'pn'), images,
-                                     np.where(wrong, 1 - labels, labels), n, 0)
+                                     np.where(wrong, 1 - labels, labels), images, n, 0)
     x_adv = attack(0, n).numpy()
     assert x_adv.min() >= 0 and x_adv.max() <= 255 and (x_adv[wrong] == images[wrong]).all()
     assert (np.argmax(model(x_adv), 1) != labels)[~wrong].all()
@@ -122,7 +122,8 @@ def test_hopskipjump_leaves_what_has_no_start_and_refuses_shared_norms(
     _, images, _, _ = linear
     def constant(x, **_):
         return tf.repeat([[1., 0., 0.]], len(x), axis=0)
-    attack = hopskipjump.HopSkipJump(Inference(constant, 'pn'), images, np.zeros(6, int), 6, 0)
+    attack = hopskipjump.HopSkipJump(Inference(constant, 'pn'), images, np.zeros(6, int), images,
+                                     6, 0)
     assert (attack(0, 6).numpy() == images).all()
     for mode, size, coupled in (('bn', 10, True), ('bn_shaping', 20, True),
                                 ('bn_shaping', 10, False)):
@@ -480,6 +481,28 @@ def test_square_closes_in_on_the_optimum_without_a_gradient(linear):
         return z[:, 0] - z[:, 1]
     corner = images - 4 * np.sign(weights[:, 0] - weights[:, 1])
     assert (lead(images) - lead(x_adv) > 0.5 * (lead(images) - lead(corner))).all()
+
+
+def test_square_asks_again_where_images_share_norms(linear):
+    """Else an image keeps a loss that it had beside squares that others took back, and stops."""
+    _, images, _, _ = linear
+    images, y = images.astype(np.float32), np.zeros(len(images), int)
+    wish = np.resize([[1.], [-1.]], [len(images), 1]).astype(np.float32)  # some want green
+    asked = []
+
+    def logits(x, drawn):
+        colours = tf.reduce_mean(x, [1, 2])
+        lead = colours[:, :1] + 2 * wish * tf.reduce_mean(colours[:, 1])
+        tf.py_function(lambda: asked.append(0), [], [])
+        return tf.concat([lead, -lead], axis=1)
+
+    left = {}
+    for again in (False, True):
+        attack = square.SquareAttack(logits, 4., 500, asks_again=again)
+        x_adv = attack.perturb(images, y, (0, 0), np.zeros([1, 1, 0], np.int32))
+        left[again] = float(tf.reduce_mean(logits(x_adv, None)[:, 0]))
+    assert len(asked) == (500 + 1) + (2 * 500 - 1 + 1)
+    assert left[True] < left[False] - 1, left
 
 
 def test_square_meets_a_fresh_draw_at_every_query(small_model, small_config, data, monkeypatch):

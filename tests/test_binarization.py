@@ -99,7 +99,7 @@ def test_a_readout_separates_its_points_or_says_nothing():
 @pytest.mark.parametrize('digits, planted, cells', [
     ('1' * 19 + '0', '1' * 20, ['95.0 [76.4, 99.1]', '20 of 20', 'passes']),
     ('1' * 18 + '00', '1' * 20, ['90.0 [69.9, 97.2]', '20 of 20', '**below 95%**']),
-    ('1' * 18 + '00', '1' * 18 + '00', ['100.0 [82.4, 100.0]', '18 of 20', 'passes']),
+    ('1' * 18 + '00', '1' * 18 + '00', ['100.0 [82.4, 100.0]', '18 of 20', 'too few to say']),
     ('1' * 20, '0' * 20, ['', '0 of 20', 'none planted'])])
 def test_rows_count_planted_examples_alone(digits, planted, cells, config):
     class Stored:

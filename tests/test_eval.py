@@ -104,7 +104,7 @@ def test_results_hold_every_cell_and_the_stated_fields(
             assert ('transferred' in cells[attack, mode]['flags']) == expected
         assert ('random answer' in cells['clean', mode]['flags']) == (mode in FORMS)
     # What an example costs: image gradients, or queries
-    assert cells['pgd', 'bn']['gradients'] == 2 and cells['square', 'bn']['queries'] == 3
+    assert cells['pgd', 'bn']['gradients'] == 2 and cells['square', 'bn']['queries'] == 5
     assert cells['adaptive_pgd', 'bn_shaping']['gradients'] == 20
     assert cells['adaptive', 'bn_recorded']['gradients'] == 3 * 3
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
@@ -121,7 +121,7 @@ def test_an_attack_is_skipped_where_images_share_norms_and_run_elsewhere(
     cells = {(r['attack'], r['inference']): r for r in results}
     made = {mode for attack, mode in cells if attack == 'hopskipjump'}
     assert made == {'pn', 'bn_recorded'}
-    assert cells['worst case', 'bn']['attacks'] == ['clean']
+    assert ('worst case', 'bn') not in cells  # `clean` alone is none
     assert cells['worst case', 'pn']['attacks'] == attacks
     assert cells['hopskipjump', 'pn']['queries'] > 100
     print_table(results, INFERENCE_MODES)
@@ -193,6 +193,13 @@ def test_attacks_run_on_fewer_examples_bound_the_worst_case(judged):
     assert cells['worst case', 'pn']['accuracy'] == pytest.approx(1 / 3)
 
 
+def test_clean_images_alone_make_no_worst_case(judged):
+    cells = judged({('clean', 0): [[1, 1, 1, 1, 1, 1]], ('apgd_eot', 5): [[0, 0, 0]]},
+                   num_attack_examples={'apgd_eot': 3})
+    assert ('worst in ball', 'pn') not in cells
+    assert cells['worst in ball, slow too', 'pn']['accuracy'] == 0
+
+
 def test_the_worst_cases_of_direct_and_of_transferred_attacks(judged):
     """Under `pn` PGD is direct and `shaping` is not; under `bn_shaping` neither is: no such row."""
     cells = judged({('clean', 0): [[1, 1, 1, 1, 1, 0]], ('pgd', 5): [[0, 1, 1, 1, 1, 1]],
@@ -211,6 +218,10 @@ def test_fewer_right_answers_are_told_from_chance():
     a = np.arange(100) < 50
     assert doubts.fewer(np.arange(100) < 45, a) and not doubts.fewer(np.arange(100) < 46, a)
     assert not doubts.fewer(np.roll(a, 30), a) and not doubts.fewer(a, a)
+    many = np.arange(10000) < 5000  # all of CIFAR-10, any number of which may disagree
+    assert doubts.chance(~many, many) == pytest.approx(0.5, abs=0.01)
+    none = np.zeros(10000, bool)
+    assert doubts.fewer(none, many) and not doubts.fewer(many, none)
 
 
 class Brightness(Inference):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from attacks import ATTACKS
+from attacks import ATTACKS, minimum_norm
 from config import load_config, store_config
 from conftest import ROOT
 from paper import (cells, checks, claims, curves, experiments, gallery, intervals,
@@ -304,7 +304,8 @@ class MadeUp:
 
     def attack(self, name, inferences=INFERENCES, **settings):
         n = self.left(name, settings)
-        return {'results': [{'inference': inference} for inference in inferences],
+        return {'results': [{'inference': inference, 'norms': inference}
+                            for inference in inferences],
                 'right': ['1' * n + '0' * (1000 - n)] * len(inferences)}
 
 
@@ -328,7 +329,7 @@ def sound(attack, settings):
     (lambda attack, s: 1 if s.get('epsilon') == 64 else None, 'accuracy is 0 at epsilon 64'),
     (lambda attack, s: 640 if attack == 'random' else None, 'random perturbations'),
     (lambda attack, s: 720 if attack == 'adaptive_pgd' and not s else None,
-     '`adaptive_pgd` under `bn_shaping` is as strong as `pgd`'),
+     'is as strong as `pgd`, transferred'),
     (lambda attack, s: 600 if 'num_restarts' in s and s['epsilon'] == 4 else None,
      'more restarts (twice) leave no less; closest: epsilon 4'),
     (lambda attack, s: 600 if attack == 'square' else None,
@@ -342,7 +343,7 @@ def test_the_checks_fail_where_an_attack_is_not_sound(broken, fault, small_confi
     names = tables.trainings_of([TABLES['checks']], config)
     rows = checks.check_rows(config, dict.fromkeys(names, MadeUp(left)))
     # Two sweeps; the direct attacks of two inference modes, and of two that draw
-    assert len(rows) == 2 * 9 + 6 + 2 * (2 * 6 + 2 * 8)
+    assert len(rows) == 2 * 9 + 6 * 3 + 2 * (2 * 6 + 2 * 8)
     assert {row[-1] for row in rows} <= {'holds', '**fails**'}
     failed = [row for row in rows if row[-1] == '**fails**']
     assert (not failed) if fault is None else failed and all(fault in row[1] for row in failed)
@@ -396,6 +397,21 @@ def test_other_population_norms_are_another_evaluation_and_leave_the_model(evalu
     again = Evaluations(evaluations.name, evaluations.config, evaluations.data,
                         evaluations.digests[1], evaluations.model, evaluations.folder + '2')
     assert again.attack('clean', ('pn',))['results'][0]['xent'] == trained['results'][0]['xent']
+
+
+def test_stored_evaluations_of_two_models_are_refused(evaluations, tmp_path):
+    """A training that was made anew, say, whose evaluations lie beside the old ones."""
+    evaluations.attack('clean')
+    evaluations.attack('fgsm')
+    folder = Path(evaluations.folder)
+    stored = StoredEvaluations(evaluations.name, evaluations.config, str(folder))
+    assert stored.attack('clean') == evaluations.attack('clean')
+    path, = folder.glob('*-clean-*.json')
+    other = json.loads(path.read_text())
+    other['identity'][2] = 'other weights'
+    (folder / f'{evaluations.name}-clean-0123456789ab.json').write_text(json.dumps(other))
+    with pytest.raises(UserError, match='evaluations of more than one model or data set named'):
+        StoredEvaluations(evaluations.name, evaluations.config, str(folder))
 
 
 def test_a_stop_in_the_middle_of_an_evaluation_leaves_none(evaluations, monkeypatch):
@@ -532,27 +548,27 @@ def test_norm_shifts_are_distances_of_batch_statistics(small_model, small_config
 
 @pytest.mark.slow
 def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tmp_path):
-    """All but Tables I and II, their checks and the sweeps, from nothing, one step of training."""
-    targets = ['table3', 'table4', 'confoundings', 'shifts', 'norms', 'gap']
+    """Three tables, one of them with a plot, from nothing, by trainings of one step."""
+    targets = ['gap', 'curves', 'confoundings']
     settings = [*TINY, f'model_dir={tmp_path}/m']
-    status, stdout, errors = program('reproduce.py', *targets[:4], settings=settings)
+    status, stdout, errors = program('reproduce.py', *targets[:2], settings=settings)
     assert status == 0, errors
-    assert len(re.findall(r'^Training \w+:$', stdout, re.MULTILINE)) == 6
+    assert len(re.findall(r'^Training \w+:$', stdout, re.MULTILINE)) == 3
     assert 'Computing' in stdout
-    status, more, errors = program('reproduce.py', *targets[4:], settings=settings)
+    status, more, errors = program('reproduce.py', *targets[2:], settings=settings)
     assert status == 0, errors
     assert 'Training' not in more and 'Computing' in more
     stdout += more
     for target in targets:
         table = (tmp_path / 'm' / 'tables' / f'{target}.md').read_text()
         assert table in stdout
-    table4 = (tmp_path / 'm' / 'tables' / 'table4.md').read_text()
-    assert len(re.findall(r'\d+\.\d \[\d+\.\d, \d+\.\d\] t \(\d+\.\d\)', table4)) == 24
-    assert '(81.7)' in table4 and (tmp_path / 'm' / 'tables' / 'table4_ratios.png').exists()
+    gap = (tmp_path / 'm' / 'tables' / 'gap.md').read_text()
+    assert len(re.findall(r'\d+\.\d \[\d+\.\d, \d+\.\d\]', gap)) == 3 * 2
+    assert '+78.6' in gap and (tmp_path / 'm' / 'tables' / 'curves_plot.png').exists()
     status, again, errors = program('reproduce.py', *targets, settings=settings)
     assert status == 0, errors
     assert 'Training' not in again and 'Computing' not in again
-    assert table4 in again
+    assert gap in again
     kept = [json.loads(path.read_text()) for path in (tmp_path / 'm' / 'cells').iterdir()]
     assert all('identity' in cell for cell in kept)
     (tmp_path / 's').mkdir()
@@ -560,8 +576,8 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
     shutil.copy(tmp_path / 'm' / 'tables' / 'config.json', tmp_path / 's')
     status, _, errors = program('reproduce.py', *targets, '--stored', str(tmp_path / 's'))
     assert status == 0, errors
-    assert (tmp_path / 's' / 'table4.md').read_text() == table4
-    assert (tmp_path / 's' / 'table4_ratios.png').exists()
+    assert (tmp_path / 's' / 'gap.md').read_text() == gap
+    assert (tmp_path / 's' / 'curves_plot.png').exists()
     status, _, errors = program('reproduce.py', 'table1', '--stored', str(tmp_path / 's'))
     assert status == 2 and len(errors) == 1 and 'holds no' in errors[0]
 
@@ -592,23 +608,31 @@ def test_mistakes_are_told_in_one_line(arguments, settings, fault, tmp_path):
 
 
 def test_scales_show_each_training_and_scale_and_are_kept(evaluations, monkeypatch):
-    """C&W played by FGSM, which moves every image."""
+    """C&W and DeepFool played by FGSM, which moves every image."""
     calls = []
-    def played(name, model, images, labels, scale):
+
+    def played(name, model, images, labels, scale=1):
         calls.append((name, scale, len(images)))
         attack = LinfPGDAttack(model, 8 / scale, 1, 8 / scale, False, 'xent', False)
         return lambda start, end: attack.perturb(images[start:end], labels[start:end], 0), {
             'epsilon': None, 'norms': 'pn'}
-    monkeypatch.setattr(scales, 'minimum_norm_attack', played)
+    for module in (scales, minimum_norm):
+        monkeypatch.setattr(module, 'minimum_norm_attack', played)
     monkeypatch.setattr(scales, 'NUM_CW_EXAMPLES', 10)
     names = tables.trainings_of([TABLES['scales']], evaluations.config)
     rows = scales.scale_rows(evaluations.config, dict.fromkeys(names, evaluations))
     assert len(names) == 6 and len(rows) == 6 * 7
-    assert sorted(calls) == [('cw', 1, 10), ('cw', 255, 10), ('deepfool', 1, 20),
-                             ('deepfool', 255, 20)]  # six trainings share this model: kept
-    cw, small, deepfool = rows[:3]
-    assert cw[1:3] == ['cw', '[0, 1]'] and cw[3].endswith('(n = 10)') and cw[4] == '10 of 10'
-    assert float(cw[5]) > 100 * float(small[5]) > 0 and deepfool[4] == '20 of 20'
+    assert {row[0] for row in rows} == {f'`{evaluations.name}`'}
+    # Six trainings share this model: kept
+    assert sorted(call[:2] for call in calls) == [('cw', 1), ('cw', 255), ('deepfool', 1),
+                                                  ('deepfool', 255)]
+    assert {call for call in calls if call[1] == 255} == {('cw', 255, 10), ('deepfool', 255, 20)}
+    cw, small, deepfool, _ = (dict(zip(scales.HEADER, row)) for row in rows[:4])
+    assert cw['pixels in'] == '[0, 1]' and cw['moved'] == cw['images'] > 0
+    assert (small['pixels in'], small['images'], small['moved']) == ('[0, 255]', 10, 10)
+    median = scales.HEADER[6]
+    assert float(cw[median]) > 100 * float(small[median]) > 0
+    assert (deepfool['attack'], deepfool['moved']) == ('deepfool', deepfool['images'])
     assert [row[1:3] for row in rows[4:7]] == [
         ['fgsm, epsilon 0.3', '[0, 1]'], ['fgsm, epsilon 0.3', '[0, 255]'],
         ['fgsm, epsilon 16', '[0, 255]']]
