@@ -302,7 +302,7 @@ class MadeUp:
         lost = self.left('lost iterates', {})
         return {'zero_gradients': 0., 'lost_iterates': {'8': lost if lost == 0.02 else 0.}}
 
-    def attack(self, name, inferences=INFERENCES, **settings):
+    def attack(self, name, inferences=cells.JUDGES, **settings):
         n = self.left(name, settings)
         return {'results': [{'inference': inference, 'norms': inference}
                             for inference in inferences],
