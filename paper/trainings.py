@@ -31,8 +31,8 @@ def until(config, part):
 
 def longer(config, times):
     """Returns the changed keys of a training that takes `times` as long, cuts included."""
-    return {'max_num_training_steps': times * config['max_num_training_steps'],
-            'step_size_schedule': [[times * step, rate]
+    return {'max_num_training_steps': max(1, round(times * config['max_num_training_steps'])),
+            'step_size_schedule': [[round(times * step), rate]
                                    for step, rate in config['step_size_schedule']]}
 
 
@@ -41,9 +41,11 @@ def longer(config, times):
 VARIANTS = {
     'half': lambda config: until(config, 1 / 2),
     'three_quarters': lambda config: until(config, 3 / 4),
+    'third': lambda config: longer(config, 1 / 3),
     'longer': lambda config: longer(config, 8),
     'fitted': lambda config: longer(config, 8) | {'data_augmentation': False},
     'w32': lambda config: {'num_residual_units': 5},
+    'width2': lambda config: {'width_factor': 2},
     'width4': lambda config: {'width_factor': 4},
     'bfloat16': lambda config: {'precision': 'mixed_bfloat16'},
     'one_step': lambda config: {'num_steps': 1, 'step_size': config['epsilon'],
