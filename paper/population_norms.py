@@ -6,6 +6,8 @@ makes num_steps + 1 of them: nearly 0.7 of what `pn` normalizes by is the last t
 alone, so any other rule can be tried on the trained weights. The table `norms` shows how much of
 the difference between `pn` and `bn_shaping` depends on the rule.
 """
+import functools
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +57,7 @@ def set_population_norms(model, data, config, rule):
     if rule == 'trained':
         return
     if rule in REPLAYS:
-        replayed = replay(data, config, REPLAYS[rule])
-        for v, norm in zip(population_norms(model), replayed):
+        for v, norm in zip(population_norms(model), replayed(data, json.dumps(config), rule)):
             v.assign(norm)
         return
     get_batch, perturb = make_adversary(model, config, update_population_norms=rule == 'again')
@@ -75,6 +76,12 @@ def set_population_norms(model, data, config, rule):
     if rule not in ('again', 'updates'):
         for v, mean in zip(population_norms(model), total / num_batches):
             v.assign(mean)
+
+
+@functools.lru_cache(maxsize=1)
+def replayed(data, config, rule):
+    """Returns what `replay` does, kept for the next attack. config: as JSON."""
+    return replay(data, json.loads(config), REPLAYS[rule])
 
 
 def replay(data, config, wanted):

@@ -67,6 +67,9 @@ def test_a_replay_with_another_decay_moves_the_norms_alone(trained, norms_at, mo
     monkeypatch.setitem(REPLAYS, 'decay 0', Replay(decay=0.))
     set_population_norms(model, data, trained, 'decay 0')
     moved = [v.numpy() for v in population_norms(model)]
+    with monkeypatch.context() as m:  # a second attack takes them as they are
+        m.setattr('paper.population_norms.replay', None)
+        set_population_norms(norms_at(5)[0], data, trained, 'decay 0')
     assert not equal(moved, norms)
     assert equal(weights, [v.numpy() for v in model.trainable_variables])
     # With no memory, they are the statistics of the last step's X^(T): as `last batch` is of the
