@@ -15,7 +15,7 @@ from paper.cells import kept_of, result_of
 from paper.published import INFERENCES, MODES, PAPER_TABLES, Training
 from paper.trainings import name_of
 
-MAX_EXAMPLES = 500     # the rest, on [0, 1], is that of Tables I and II
+MAX_EXAMPLES = 500     # of what Tables I and II do not have
 NUM_CW_EXAMPLES = 100  # of them; C&W needs up to 5,000 gradients an image
 FGSM = ((0.3, 1), (0.3, 255), (16., 255))  # epsilon, scale: CleverHans's default; the paper's
 HEADER = ['training', 'attack', 'pixels in', 'images', 'accuracy under `pn`', 'moved',
