@@ -161,15 +161,16 @@ class Evaluations:
         """
         return get(*args, **settings)
 
-    def experiment(self, measure, identity, summarize):
+    def experiment(self, measure, identity, summarize, **settings):
         """Returns the evaluation by an in-text experiment.
 
         Args:
             measure: one of experiments.py, f(model, data, config, path) -> {name: sizes [n]}.
             identity: as `get` takes it. summarize: f(what measure returns) -> what is kept, a dict.
+            settings: keys of the configuration that are changed for it; `identity` has them, too.
         """
         return self.get(measure.__name__, identity, lambda unfinished: summarize(
-            measure(self.load(), self.data, self.config, unfinished)))
+            measure(self.load(), self.data, {**self.config, **settings}, unfinished)))
 
 
 def networks(num_classes):
@@ -240,7 +241,7 @@ class StoredEvaluations(Evaluations):
                 raise
             return super().judged(name, inferences, ratios, norms, 1, source, **settings)
 
-    def experiment(self, measure, identity, summarize):
+    def experiment(self, measure, identity, summarize, **settings):
         """Returns the evaluation by an in-text experiment that is kept.
 
         Older folders hold summaries alone, whose identity has no `kept`.

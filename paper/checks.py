@@ -8,7 +8,7 @@ from attacks import DIRECT
 from attacks.random_search import RANDOM_DRAWS
 from cifar10_input import eval_examples
 from config import relevant
-from doubts import Probe, chance, doubled, is_direct
+from doubts import Probe, chance, doubled, fewer, is_direct
 from eval import lost_iterates, make_judges, run_direct
 from paper import formats
 from paper.cells import JUDGES, SLOW_ATTACKS, result_of, right_of
@@ -241,7 +241,7 @@ def compared(name, what, strong, weak, inference, strictly=False):
     """
     a, b = right_in((strong, weak), inference)
     value, interval = paired_difference(a, b)
-    holds = chance(a, b) <= LEVEL if strictly else chance(b, a) > LEVEL
+    holds = fewer(a, b, LEVEL) if strictly else not fewer(b, a, LEVEL)
     return check_row(name, what, f'{formats.percent(a.mean())} / {formats.percent(b.mean())}',
                      formats.difference(value, interval), holds)
 

@@ -109,10 +109,10 @@ def _row(each, config, evaluations):
            *formats.pn_and_shaping(pgd, n)]
     if each.norms != 'trained' or each.source:  # the rest is that of an earlier row
         return [*row, '', '']
-    adaptive = of_training.attack('adaptive_pgd', ('bn_shaping',), **_attack(config, of_training))
-    settings = {**of_training.config, **_attack(config, of_training)}
-    shifts = of_training.get('norm_shifts', relevant(settings), lambda unfinished: mean_shifts(
-        norm_shifts(of_training.load(), of_training.data, settings, unfinished)))
+    settings = _attack(config, of_training)
+    adaptive = of_training.attack('adaptive_pgd', ('bn_shaping',), **settings)
+    shifts = of_training.experiment(norm_shifts, relevant({**of_training.config, **settings}),
+                                    mean_shifts, **settings)
     return [*row, formats.accuracy(result_of(adaptive, 'bn_shaping'), n),
             f'{shifts["tail"][0]:.3f} / {shifts["another"][0]:.3f}']
 
