@@ -398,7 +398,7 @@ def test_other_population_norms_are_another_evaluation_and_leave_the_model(evalu
     assert again.attack('clean', ('pn',))['results'][0]['xent'] == trained['results'][0]['xent']
 
 
-def test_stored_evaluations_of_two_models_are_refused(evaluations, tmp_path):
+def test_stored_evaluations_of_two_models_are_refused(evaluations):
     """A training that was made anew, say, whose evaluations lie beside the old ones."""
     evaluations.attack('clean')
     evaluations.attack('fgsm')
@@ -581,6 +581,21 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
     assert status == 2 and len(errors) == 1 and 'holds no' in errors[0]
 
 
+@pytest.mark.parametrize('target', ['table3', 'table4', 'shifts', 'norms'])
+def test_a_table_is_made_from_nothing_and_of_what_is_stored(target, evaluations, monkeypatch):
+    monkeypatch.setattr(population_norms, 'NUM_BATCHES', 2)
+    table, config = TABLES[target], evaluations.config
+    names = tables.trainings_of([table], config)
+    made = tables.section(table, config, dict.fromkeys(names, evaluations))
+    stored = StoredEvaluations(evaluations.name, config, evaluations.folder)
+    assert tables.section(table, config, dict.fromkeys(names, stored)) == made
+    if target == 'table4':
+        assert len(re.findall(r'\d+\.\d \[\d+\.\d, \d+\.\d\] t \(\d+\.\d\)', made)) == 24
+        assert '(81.7)' in made
+    for plot in table.plots.values():
+        assert plot(config, dict.fromkeys(names, stored)).axes
+
+
 @pytest.mark.parametrize('arguments, settings, fault', [
     ([], [], 'nothing to reproduce; expected one or more of summary, table1'),
     (['table5'], [], "'table5' is none of summary, table1, table2, table3, table4, confoundings, "
@@ -626,7 +641,7 @@ def test_scales_show_each_training_and_scale_and_are_kept(evaluations, monkeypat
     assert sorted(call[:2] for call in calls) == [('cw', 1), ('cw', 255), ('deepfool', 1),
                                                   ('deepfool', 255)]
     assert {call for call in calls if call[1] == 255} == {('cw', 255, 10), ('deepfool', 255, 20)}
-    cw, small, deepfool, _ = (dict(zip(scales.HEADER, row)) for row in rows[:4])
+    cw, small, deepfool = (dict(zip(scales.HEADER, row)) for row in rows[:3])
     assert cw['pixels in'] == '[0, 1]' and cw['moved'] == cw['images'] > 0
     assert (small['pixels in'], small['images'], small['moved']) == ('[0, 255]', 10, 10)
     median = scales.HEADER[6]
