@@ -8,6 +8,7 @@ import sys
 
 from config import SCHEMA
 from model import newest_intact
+from paper.published import ADV_ONLY
 from running import UserError
 from running.program import STOPPED, Terminated
 import train
@@ -17,7 +18,6 @@ import train
 ENDS_WITH_ITS_PARENT = [] if sys.platform != 'linux' else [
     sys.executable, '-c', 'import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); '
     'os.execvp(sys.argv[1], sys.argv[1:])']
-
 
 
 def until(config, part):
@@ -47,6 +47,8 @@ VARIANTS = {
     'w32': lambda config: {'num_residual_units': 5},
     'width2': lambda config: {'width_factor': 2},
     'width4': lambda config: {'width_factor': 4},
+    'other_norms': lambda config: {
+        'attack_norms': 'fixed' if config['attack_norms'] == 'batch' else 'batch'},
     'bfloat16': lambda config: {'precision': 'mixed_bfloat16'},
     'one_step': lambda config: {'num_steps': 1, 'step_size': config['epsilon'],
                                 'random_start': False},
@@ -66,7 +68,8 @@ def config_of(training, config):
     """Returns the configuration of a training.
 
     Where training_batch_size is no multiple of n + 1, the next smaller multiple is taken (63 for
-    2:1; the paper does not say what it did).
+    2:1; the paper does not say what it did). attack_norms is that of shaped batches; adversarial-
+    only training always has `batch`, as the paper's default.
 
     Args:
         training: a published.Training. config: the configuration that the trainings vary.
@@ -79,6 +82,8 @@ def config_of(training, config):
                    'model_dir': os.path.join(config['model_dir'], name_of(training, config))}
     if training.adversary == 'pgd':
         of_training |= {'trades_beta': 0., 'trades_xent': 'attacked'}  # of trades alone
+    if training.mode == ADV_ONLY:  # `fixed` would be another default than the paper's
+        of_training['attack_norms'] = 'batch'
     if training.mode.startswith('shaping'):
         if size <= ratio:
             raise UserError(f'training_batch_size must be at least {ratio + 1} for a ratio of '

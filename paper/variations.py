@@ -53,6 +53,8 @@ VARIATIONS = (
                 f'decay {decay}') for decay in (0.5, 0.99)),
     *(Variation('population norms of older weights', f'{steps} steps, before the first cut',
                 _shaped('half'), f'stale {steps}') for steps in (10, 100, 1000)),
+    Variation("the training's `attack_norms`", '`fixed` for `batch`, or the reverse',
+              _shaped('other_norms')),
     Variation('depth', 'w32-1', _shaped('w32')),
     Variation('width', 'w8-2', _shaped('width2')),
     Variation('width', 'w8-4', _shaped('width4')),

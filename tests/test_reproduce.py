@@ -57,6 +57,8 @@ def test_trainings_are_the_papers(small_config):
         assert name.startswith(f'{of_training["adversary"]}_{of_training["training_mode"]}')
         if of_training['shaping_ratio'] != 2:
             assert of_training['training_batch_size'] == 64
+    fixed = tables.trainings_of([TABLES['table1']], {**config, 'attack_norms': 'fixed'})
+    assert [of['attack_norms'] for of in fixed.values()] == ['batch', 'fixed', 'fixed']
     with pytest.raises(UserError, match='training_batch_size must be at least 4 .* got 2'):
         config_of(Training('pgd', NORM_SHAPING, 3), {**config, 'training_batch_size': 2})
 
