@@ -150,8 +150,8 @@ class Evaluations:
 
         return self.get(what, identity, compute, source.digests[:1] if source is not None else ())
 
-    def has(self, name):
-        """Whether there is an evaluation under an attack, or it can be made."""
+    def has(self, name=None):
+        """Whether there is any evaluation, or one under an attack, or it can be made."""
         return True
 
     def if_kept(self, get, *args, **settings):
@@ -254,8 +254,8 @@ class StoredEvaluations(Evaluations):
             older = {key: value for key, value in identity.items() if key != 'kept'}
             return super().experiment(measure, older, summarize)
 
-    def has(self, name):
-        return any(json.loads(key)[1] == name for key in self.kept)
+    def has(self, name=None):
+        return any(name in (None, json.loads(key)[1]) for key in self.kept)
 
     def if_kept(self, get, *args, **settings):
         try:
@@ -279,13 +279,27 @@ class StoredEvaluations(Evaluations):
 # ---- Tables I and II
 
 
+def there(trainings, config, evaluations):
+    """Returns those of some trainings that can be shown: of stored ones, some may be lacking.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [training for training in trainings
+             if evaluations[name_of(training, config)].has()]
+    if not found:
+        raise UserError('nothing is stored of '
+                        f'{" or ".join(name_of(training, config) for training in trainings)}')
+    return found
+
+
 def attacks_on(training, config, evaluations):
     """Returns {attack: evaluation} of all attacks that Tables I and II show of a training."""
     of_training = evaluations[name_of(training, config)]
     attacks = PAPER_ATTACKS + OWN_ATTACKS
     if training in (DEFAULT, SHAPED):
         attacks += SLOW_ATTACKS
-    return {a: of_training.attack(a) for a in attacks if of_training.has(a)}
+    return {a: of_training.attack(a) for a in attacks if a == 'clean' or of_training.has(a)}
 
 
 def worst_cases_of(by_attack, config):

@@ -6,7 +6,7 @@ import numpy as np
 from doubts import is_transferred
 from eval import WORST_IN_BALL
 from paper import formats
-from paper.cells import JUDGES, attacks_on, worst_cases_of
+from paper.cells import JUDGES, attacks_on, there, worst_cases_of
 from paper.curves import VALUES, courses
 from paper.published import (ADV_ONLY, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
                              PAPER_RATIOS, PAPER_TABLES, SHAPED, Training)
@@ -46,8 +46,10 @@ def tradeoff(adversary, config, evaluations):
     the paper, whose numbers are hollow.
     """
     figure, axes = make_pyplot().subplots(figsize=(6, 5))
-    for colour, mode in zip(COLOURS, MODES):
-        by_attack = attacks_on(Training(adversary, mode), config, evaluations)
+    colours = dict(zip(MODES, COLOURS))
+    for training in there([Training(adversary, mode) for mode in MODES], config, evaluations):
+        mode, colour = training.mode, colours[training.mode]
+        by_attack = attacks_on(training, config, evaluations)
         worst = [r for r in worst_cases_of(by_attack, config) if r['attack'] == WORST_IN_BALL]
         paper = PAPER_TABLES[adversary][mode]
         for inference, marker in zip(JUDGES, 'os^D'):
@@ -77,7 +79,8 @@ def tradeoff(adversary, config, evaluations):
 def cost(config, evaluations):
     """Plots the accuracy that each direct attack leaves against the gradients that it may take."""
     figure, axes = make_pyplot().subplots(figsize=(6, 4))
-    for colour, training in zip(('tab:blue', 'tab:red'), (DEFAULT, SHAPED)):
+    for training in there([DEFAULT, SHAPED], config, evaluations):
+        colour = {DEFAULT: 'tab:blue', SHAPED: 'tab:red'}[training]
         by_attack = attacks_on(training, config, evaluations)
         for inference, style in (('pn', '-'), ('bn_recorded', '--'), ('bn_shaping', ':')):
             found = [r for evaluation in by_attack.values() for r in evaluation['results']

@@ -11,7 +11,7 @@ from model import network_name
 from paper import (binarization, checks, claims, curves, experiments, formats, gallery, neighbours,
                    plots, scales, variations)
 from paper.cells import (JUDGES, attacks_on, from_digits, result_of, right_in_draws, right_of,
-                         worst_cases_of)
+                         there, worst_cases_of)
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
 from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES,
@@ -56,7 +56,8 @@ def main_rows(adversary, config, evaluations):
     """
     rows = []
     # All are asked for before one is looked into: Ray computes side by side
-    by_mode = {mode: attacks_on(Training(adversary, mode), config, evaluations) for mode in MODES}
+    by_mode = {training.mode: attacks_on(training, config, evaluations) for training in there(
+        [Training(adversary, mode) for mode in MODES], config, evaluations)}
     for mode, by_attack in by_mode.items():
         results = [r for evaluation in by_attack.values() for r in evaluation['results']]
         results += worst_cases_of(by_attack, config)
@@ -129,9 +130,9 @@ def summary_rows(config, evaluations):
     Robust: the worst case in the ball over all attacks of Tables I and II that were run on all
     images. The default: adversarial-only training by the same adversary, judged by pn.
     """
-    all_attacks = {Training(adversary, mode): attacks_on(Training(adversary, mode), config,
-                                                         evaluations)
-                   for adversary in PAPER_TABLES for mode in MODES}
+    all_attacks = {training: attacks_on(training, config, evaluations) for training in there(
+        [Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES], config,
+        evaluations)}
     found, of_default, rows = [], {}, []
     for training, by_attack in all_attacks.items():
         for worst in worst_cases_of(by_attack, config):
@@ -142,11 +143,12 @@ def summary_rows(config, evaluations):
                 if (training.mode, inference) == (ADV_ONLY, 'pn'):
                     of_default[training.adversary] = right
     for training, clean, worst, right in found:
-        theirs = of_default[training.adversary]
-        against = [formats.difference(*paired_difference(*both)) for both in zip(right, theirs)]
+        theirs, against = of_default.get(training.adversary, right), ['', '']
+        if theirs is not right:
+            against = [formats.difference(*paired_difference(*both)) for both in zip(right, theirs)]
         rows.append([f'`{name_of(training, config)}`', f'`{worst["inference"]}`',
                      formats.accuracy(clean), formats.share(worst['accuracy'], worst['interval']),
-                     *(['', ''] if right is theirs else against)])
+                     *against])
     return rows
 
 
@@ -427,7 +429,10 @@ def section(table, config, evaluations):
     """
     rows = formats.markdown(table.header, table.rows(config, evaluations))
     note = f'\n{table.note}\n' if table.note else ''
-    return f'## {table.title}\n\n{caption(table, config)}\n\n{rows}\n{note}'
+    lacking = [f'`{name}`' for name in trainings_of([table], config)
+               if not evaluations[name].has()]
+    without = f' Nothing is stored of {", ".join(lacking)}.' if lacking else ''
+    return f'## {table.title}\n\n{caption(table, config)}{without}\n\n{rows}\n{note}'
 
 
 def caption(table, config):

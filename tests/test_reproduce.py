@@ -698,3 +698,26 @@ def test_curves_are_what_the_log_says(evaluations, tmp_path):
     log.write_text('[]\n')
     with pytest.raises(UserError, match='log.jsonl is damaged; expected a JSON object a line'):
         curves.read_log(str(tmp_path))
+
+
+def test_tables_show_the_trainings_of_which_something_is_stored():
+    """Those of results/three_classes, but for one; and none at all."""
+    folder = Path(ROOT, 'results', 'three_classes')
+    config = load_config(folder / 'config.json')
+
+    def section(target, lacking):
+        names = tables.trainings_of([TABLES[target]], config)
+        stored = {name: StoredEvaluations(name, of, 'nowhere' if name in lacking else
+                                          folder / 'cells') for name, of in names.items()}
+        for plot in TABLES[target].plots.values():
+            plot(config, stored)
+        return tables.section(TABLES[target], config, stored)
+    for target in ('table2', 'summary'):
+        whole, part = section(target, []), section(target, ['trades_adv_only'])
+        lost = [line for line in whole.splitlines() if line not in part]
+        assert 'Nothing is stored of' not in whole
+        assert 'Nothing is stored of `trades_adv_only`.\n' in part
+        assert len(lost) >= 4 and all(line.startswith(('| adv. only', '| `trades_'))
+                                      for line in lost)  # its rows, and differences from it
+    with pytest.raises(UserError, match='nothing is stored of trades_adv_only or trades_shaping'):
+        section('table2', tables.trainings_of([TABLES['table2']], config))
