@@ -5,8 +5,8 @@ Also checks the attacks, tries what could explain a difference, and says what is
     python reproduce.py all --config configs/three_classes.json
     python reproduce.py table1 claims --stored results/three_classes    # from stored numbers
 
-Targets: summary, table1, table2, table3, table4, confoundings, shifts, sweeps, seeds, norms, gap,
-transfer, neighbours, checks, scales, binarization, curves, gallery, variations, crossed,
+Targets: headline, summary, table1, table2, table3, table4, confoundings, shifts, sweeps, seeds,
+norms, gap, transfer, neighbours, checks, scales, binarization, curves, gallery, variations, crossed,
 claims, or all: all but variations, whose trainings take 17 hours. docs/evaluation.md says what each
 is.
 

@@ -154,6 +154,14 @@ class Evaluations:
         """Whether there is any evaluation, or one under an attack, or it can be made."""
         return True
 
+    def num_test_images(self):
+        """Returns how many test images there are; of stored evaluations, the most that one has."""
+        return self.data.eval_data.n
+
+    def judges_of(self, name):
+        """Returns those of JUDGES under which an attack is judged."""
+        return JUDGES
+
     def if_kept(self, get, *args, **settings):
         """Returns get(*args, **settings), a method of this object, or None where nothing is kept.
 
@@ -257,6 +265,17 @@ class StoredEvaluations(Evaluations):
     def has(self, name=None):
         return any(name in (None, json.loads(key)[1]) for key in self.kept)
 
+    def num_test_images(self):
+        identities = [json.loads(key)[2] for key in self.kept]
+        return max((identity.get('num_eval_examples', 0) for identity in identities
+                    if isinstance(identity, dict)), default=0)
+
+    def judges_of(self, name):
+        """Returns those of JUDGES that an attack is kept under; all where it was made once."""
+        return name in DIRECT and tuple(
+            judge for judge in JUDGES
+            if self.if_kept(self.judged, name, (judge,), None, 'trained', 1)) or JUDGES
+
     def if_kept(self, get, *args, **settings):
         try:
             return get(*args, **settings)
@@ -299,17 +318,15 @@ def attacks_on(training, config, evaluations):
     attacks = PAPER_ATTACKS + OWN_ATTACKS
     if training in (DEFAULT, SHAPED):
         attacks += SLOW_ATTACKS
-    return {a: of_training.attack(a) for a in attacks if a == 'clean' or of_training.has(a)}
+    return {a: of_training.attack(a, of_training.judges_of(a)) for a in attacks
+            if a == 'clean' or of_training.has(a)}
 
 
 def worst_cases_of(by_attack, config):
     """Returns the results of the worst cases over {attack: evaluation}, as eval.py has them."""
-    judges = [judge for judge in JUDGES if all(
-        judge in [r['inference'] for r in evaluation['results']]
-        for evaluation in by_attack.values())]
-
     def of_each(value):
-        return {attack: {(judge, None): value(evaluation, judge) for judge in judges}
+        return {attack: {(result['inference'], None): value(evaluation, result['inference'])
+                         for result in evaluation['results']}
                 for attack, evaluation in by_attack.items()}
 
     return worst_cases(of_each(lambda evaluation, judge: right_of(evaluation, judge)[None]),

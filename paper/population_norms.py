@@ -26,7 +26,8 @@ RULES = {
     'updates': f'likewise, updated by the {NUM_BATCHES} X^(T) alone, not by attack steps',
     'last batch': 'the statistics of one X^(T)',
     'training batches': f'the mean over {NUM_BATCHES} X^(T)',
-    'clean images': f'the mean over {NUM_BATCHES} batches of unchanged training images'}
+    'clean images': f'the mean over {NUM_BATCHES} batches of unchanged training images',
+    'attacked batches': f'the mean over {NUM_BATCHES} batches of attacked samples alone'}
 
 
 class Replay(NamedTuple):
@@ -49,7 +50,8 @@ def set_population_norms(model, data, config, rule):
         model: a model.Model with the weights and population norms of a training.
         data: a CIFAR10Data. config: the training's configuration.
         rule: one of RULES. The batches are the next ones of the training, augmented and attacked as
-            its training mode says; for 'clean images' they are neither. Or one of REPLAYS.
+            its training mode says; for 'clean images' they are neither, for 'attacked batches' they
+            are attacked as a whole, whatever the training mode. Or one of REPLAYS.
 
     Raises:
         UserError: a replay finds no checkpoint that a training can resume from.
@@ -60,6 +62,8 @@ def set_population_norms(model, data, config, rule):
         for v, norm in zip(population_norms(model), replayed(data, json.dumps(config), rule)):
             v.assign(norm)
         return
+    if rule == 'attacked batches':
+        config = {**config, 'training_mode': 'adv_only', 'attack_norms': 'batch'}
     get_batch, perturb = make_adversary(model, config, update_population_norms=rule == 'again')
     attacked = tf.function(lambda *batch: perturb(*get_batch(*batch)))
     one_batch = batch_statistics(model)

@@ -8,8 +8,8 @@ from attacks.neighbours import QUERIES
 from attacks.shaping import check_batch
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED)
 from model import network_name
-from paper import (binarization, checks, claims, curves, experiments, formats, gallery, neighbours,
-                   plots, scales, variations)
+from paper import (binarization, checks, claims, curves, experiments, formats, gallery, headline,
+                   neighbours, plots, scales, variations)
 from paper.cells import (JUDGES, attacks_on, from_digits, result_of, right_in_draws, right_of,
                          there, worst_cases_of)
 from paper.intervals import paired_difference
@@ -276,6 +276,10 @@ MAIN_HEADER = ['training', 'attack', *(column for inference in INFERENCES
                                        for column in (f'`{inference}`', 'paper')), '`bn_recorded`']
 
 TABLES = {
+    'headline': Table(
+        'All test images, under the norms that can be deployed',
+        headline.SHOWN,
+        headline.HEADER, headline.headline_rows, headline.CAPTION),
     'summary': Table(
         'Clean and robust accuracy',
         tuple(Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES),

@@ -12,7 +12,8 @@ import tensorflow as tf
 from attacks import ATTACKS, minimum_norm
 from config import load_config, store_config
 from conftest import ROOT
-from paper import (cells, checks, claims, curves, experiments, gallery, intervals,
+from eval import WORST_IN_BALL
+from paper import (cells, checks, claims, curves, experiments, gallery, headline, intervals,
                    population_norms, published, scales, tables)
 from paper.cells import NUM_DRAWS, Evaluations, StoredEvaluations, right_in_draws, right_of
 from paper.published import (ADV_ONLY, CLOSE, INFERENCE_RATIOS, INFERENCES, MODES, MORE, NO_MORE,
@@ -282,7 +283,7 @@ def test_a_table_is_one_record(sections):
     plots = [plot for table in TABLES.values() for plot in table.plots]
     assert len({*plots, *TABLES}) == len(plots) + len(TABLES)
     assert {Path(name).stem for name in sections} >= set(TABLES) - {
-        'curves', 'variations'}  # not stored yet
+        'curves', 'headline', 'variations'}  # not stored yet
     for name, (_, made) in sections.items():
         widths = {line.count(' | ') for line in made.splitlines() if line.startswith('| ')}
         assert widths == {len(TABLES[Path(name).stem].header) - 1}, name
@@ -376,6 +377,7 @@ def test_each_rule_gives_the_population_norms_that_it_names(small_model, small_c
     moved = after('updates')
     assert equal(after('again'), moved) and equal(after('clean images'), after('training batches'))
     attacked = {'training_mode': 'adv_only'}
+    assert equal(after('attacked batches'), after('training batches', **attacked))
     assert not equal(after('again', **attacked), after('updates', **attacked))
     assert not equal(after('clean images'), after('training batches', **attacked), 1e-5)
     # Moving averages are of the last batches, a mean of all: close, as the images are random
@@ -583,14 +585,22 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
     assert status == 2 and len(errors) == 1 and 'holds no' in errors[0]
 
 
-@pytest.mark.parametrize('target', ['table3', 'table4', 'shifts', 'norms'])
+@pytest.mark.parametrize('target', ['headline', 'table3', 'table4', 'shifts', 'norms'])
 def test_a_table_is_made_from_nothing_and_of_what_is_stored(target, evaluations, monkeypatch):
     monkeypatch.setattr(population_norms, 'NUM_BATCHES', 2)
+    monkeypatch.setattr(headline, 'FULL_BUDGET', {'apgd_num_steps': 3, 'num_restarts': 2})
+    monkeypatch.setattr(Evaluations, 'num_test_images', lambda _: 40)  # of 2,000
+    evaluations.config['apgd_num_steps'] = 2
     table, config = TABLES[target], evaluations.config
     names = tables.trainings_of([table], config)
     made = tables.section(table, config, dict.fromkeys(names, evaluations))
     stored = StoredEvaluations(evaluations.name, config, evaluations.folder)
     assert tables.section(table, config, dict.fromkeys(names, stored)) == made
+    if target == 'headline':
+        rows = [line.split(' | ') for line in made.splitlines() if line.startswith('| `')]
+        assert [row[1:3] for row in rows] == [['`pn`', '40'], ['`bn_recorded`', '40']] * 9
+        assert [row[7] != '' for row in rows] == [True, False, False, False, False, True] + 12 * [
+            False]
     if target == 'table4':
         assert len(re.findall(r'\d+\.\d \[\d+\.\d, \d+\.\d\] t \(\d+\.\d\)', made)) == 24
         assert '(81.7)' in made
@@ -599,10 +609,11 @@ def test_a_table_is_made_from_nothing_and_of_what_is_stored(target, evaluations,
 
 
 @pytest.mark.parametrize('arguments, settings, fault', [
-    ([], [], 'nothing to reproduce; expected one or more of summary, table1'),
-    (['table5'], [], "'table5' is none of summary, table1, table2, table3, table4, confoundings, "
-                     'shifts, sweeps, seeds, norms, gap, transfer, neighbours, checks, scales, '
-                     'binarization, curves, gallery, variations, crossed, claims, all'),
+    ([], [], 'nothing to reproduce; expected one or more of headline, summary'),
+    (['table5'], [], "'table5' is none of headline, summary, table1, table2, table3, table4, "
+                     'confoundings, shifts, sweeps, seeds, norms, gap, transfer, neighbours, '
+                     'checks, scales, binarization, curves, gallery, variations, crossed, claims, '
+                     'all'),
     (['table1'], ['training_mode=natural'], 'training_mode must be shaping_in_attack_and_training '
      'and adversary pgd, as the tables vary them, got natural and pgd'),
     (['gap'], ['shaping_batch_size=5560', 'eval_batch_size=1000'],
@@ -721,3 +732,22 @@ def test_tables_show_the_trainings_of_which_something_is_stored():
                                       for line in lost)  # its rows, and differences from it
     with pytest.raises(UserError, match='nothing is stored of trades_adv_only or trades_shaping'):
         section('table2', tables.trainings_of([TABLES['table2']], config))
+
+
+def test_worst_cases_are_over_the_attacks_that_each_mode_has(tmp_path):
+    """A slow attack may be stored under some inference modes alone."""
+    cells_of, name = Path(ROOT, 'results', 'three_classes', 'cells'), 'pgd_adv_only'
+    config = load_config(cells_of.parent / 'config.json')
+    for path in cells_of.glob(f'{name}-*.json'):
+        shutil.copy(path, tmp_path)
+    path, = (path for path in tmp_path.glob(f'{name}-adaptive-????????????.json')
+             if json.loads(path.read_text())['results'][0]['inference'] == 'bn_shaping')
+    path.unlink()
+    stored = StoredEvaluations(name, config_of(published.DEFAULT, config), tmp_path)
+    by_attack = cells.attacks_on(published.DEFAULT, config, {name: stored})
+    assert [r['inference'] for r in by_attack['adaptive']['results']] == [
+        'bn', 'pn', 'bn_recorded']
+    worst = {r['inference']: r for r in cells.worst_cases_of(by_attack, config)
+             if r['attack'] == WORST_IN_BALL}
+    assert set(worst) == set(cells.JUDGES)
+    assert 'adaptive' in worst['pn']['attacks'] and 'adaptive' not in worst['bn_shaping']['attacks']
