@@ -7,7 +7,8 @@
 An image is a PNG or JPEG file (read by Pillow) or a .npy file, [32, 32, 3] or [n, 32, 32, 3],
 pixels in [0, 255]. The answer is that of the inference bn_recorded: each image is classified by
 num_votes recordings, the first drawn for it alone, and gets the class that most of them answer.
-What export.py wrote needs no data set. A training's folder does, to record the norms first.
+What export.py wrote needs no data set, nor do the models under weights/. A training's folder does,
+to record the norms first.
 """
 import os
 import sys
@@ -31,7 +32,7 @@ import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import load_data
-from export import CARD, FORMATS, Classifier
+from export import CARD, FORMATS, RECORDINGS, Classifier, read_recordings
 from model import build_model, find_checkpoint
 from shaping import RecordedInference
 
@@ -138,9 +139,7 @@ def load_exported(folder):
     """
     card = read_json(os.path.join(folder, CARD))
     try:
-        names, num_recordings = card['classes'], card['inference']['num_recordings']
-        if not all(isinstance(name, str) and name.isprintable() for name in names):
-            raise TypeError
+        names, num_recordings = names_on(card), card['inference']['num_recordings']
         model = tf.saved_model.load(folder)
         model.__call__  # noqa: B018 - or it is another program's
     except (KeyError, TypeError, AttributeError, OSError, ValueError, tf.errors.OpError) as error:
@@ -149,9 +148,25 @@ def load_exported(folder):
     return model, num_recordings, names
 
 
+def names_on(card):
+    """Returns the label names on a card. Raises KeyError or TypeError: it has none."""
+    names = card['classes']
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise TypeError
+    return names
+
+
 def load_trained(config):
-    """Returns the same of a training's newest checkpoint, its norms recorded now. UserError."""
+    """Returns the same of a training's newest checkpoint.
+
+    Its norms are recorded now, unless `export.py --format weights` wrote them beside it.
+
+    Raises:
+        UserError: there is none, or what is beside it is not what export.py writes.
+    """
     checkpoint = find_checkpoint(config)
+    if os.path.exists(f'{checkpoint}{RECORDINGS}'):
+        return load_released(config, checkpoint)
     data = load_data(config)
     model = build_model(config, data.num_classes)
     model.load_madry_checkpoint(checkpoint)
@@ -160,6 +175,20 @@ def load_trained(config):
     inference = RecordedInference.from_config(model, data, config)
     classify = Classifier(inference, data.num_classes).__call__
     return classify, inference.num_recordings, data.label_names
+
+
+def load_released(config, checkpoint):
+    """Returns the same of a checkpoint with recordings and a card beside it; needs no images."""
+    path = os.path.join(os.path.dirname(checkpoint), CARD)
+    try:
+        names = names_on(read_json(path))
+    except (KeyError, TypeError):
+        raise UserError(f'{path} names no classes; expected what export.py wrote') from None
+    model = build_model(config, len(names))
+    model.load_madry_checkpoint(checkpoint)
+    inference = RecordedInference(model, read_recordings(model, f'{checkpoint}{RECORDINGS}'),
+                                  config['inference_shaping_ratio'], config['np_random_seed'])
+    return Classifier(inference, len(names)).__call__, inference.num_recordings, names
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
     python export.py --model_dir DIR                   # newest checkpoint, to DIR/exported
     python export.py --checkpoint PREFIX --output DIR
     python export.py --model_dir DIR --format onnx     # needs tf2onnx: pip install tf2onnx
+    python export.py --model_dir DIR --format weights  # to eval.py, classify.py and the original
 
 What is exported is the inference bn_recorded: weights, and the statistics of num_recordings times
 recorded_samples clean training images, but no image. A request is answered for each image by a
@@ -13,6 +14,9 @@ recording drawn for it alone; no seed is stored, so no two processes draw the sa
     answer['label'], answer['probabilities'], answer['logits']
     classify(images, num_votes=20)['votes']       # how many of 20 recordings answer each class
     classify(images, recording=answer['recording'])          # the same answer again
+
+`weights` are the checkpoint without velocities, config.json and the recordings: a folder as those
+under weights/, which classify.py needs no data set for.
 
 Beside the model stands card.json: the training, its digest, accuracies, the threat model, the
 input. Its accuracies are those in MODEL_DIR/eval/results.json of this very checkpoint, so first
@@ -27,30 +31,36 @@ import sys
 
 from absl import flags
 
-from config import begin, config_from_flags, define_model_flags, of_training
+from config import (begin, config_from_flags, define_model_flags, load_config, of_training,
+                    store_config)
 from running.program import run
 
 if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
     define_model_flags()
     flags.DEFINE_string('output', None, 'Folder that is made. Default: MODEL_DIR/exported.')
-    flags.DEFINE_enum('format', 'savedmodel', ['savedmodel', 'onnx'], 'What is written.')
+    flags.DEFINE_enum('format', 'savedmodel', ['savedmodel', 'onnx', 'weights'],
+                      'What is written.')
     begin(__doc__)
 
 import running.quiet  # noqa: F401
+import numpy as np
 import tensorflow as tf
 
 from cifar10_input import load_data
 from model import build_model, find_checkpoint, network_name
 from running import UserError, optional
 from running.files import replacing
+from running.outputs import without_deprecations
 from running.results import check_writable, provenance, read_results
 from running.unfinished import checkpoint_digest, data_digest
+from running.untrusted import map_array
 from shaping import RecordedInference, form_of
 
-FORMATS = {'savedmodel': 'saved_model.pb', 'onnx': 'model.onnx'}
+FORMATS = {'savedmodel': 'saved_model.pb', 'onnx': 'model.onnx', 'weights': 'checkpoint'}
 AT_ONCE = 250  # images in one pass: a bound on memory, not on a request
 CARD = 'card.json'
-WRITTEN = {*FORMATS.values(), CARD, 'variables', 'assets', 'fingerprint.pb'}
+RECORDINGS = '.recordings.npy'  # behind the checkpoint's prefix
+WRITTEN = {*FORMATS.values(), CARD, 'variables', 'assets', 'fingerprint.pb', 'config.json'}
 
 
 def main():
@@ -81,6 +91,8 @@ def main():
     os.makedirs(temporary)
     if form == 'onnx':
         save_onnx(inference, os.path.join(temporary, FORMATS[form]))
+    elif form == 'weights':
+        save_weights(inference, {**config, 'model_dir': folder}, step, temporary)
     else:
         save(inference, data.num_classes, temporary)
     with replacing(os.path.join(temporary, CARD)) as f:
@@ -96,8 +108,9 @@ def main():
 def check_output(folder):
     """Raises UserError unless the folder can be written, and holds nothing but a former export."""
     check_writable(os.path.join(folder, CARD), 'a folder that can be written, --output DIR')
-    if os.path.islink(folder) or os.path.isdir(folder) and not WRITTEN.issuperset(
-            os.listdir(folder)):
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    former = WRITTEN | {name for name in names if name.startswith('checkpoint-') and CARD in names}
+    if os.path.islink(folder) or not former.issuperset(names):
         raise UserError(f'{folder} holds something else than an exported model; expected another '
                         'folder, --output DIR')
 
@@ -224,6 +237,49 @@ def save_onnx(inference, path):
         tf.function(classify), [tf.TensorSpec([None, 32, 32, 3], tf.float32, 'images'),
                                 tf.TensorSpec([None], tf.int32, 'recording')],
         opset=17, output_path=path)
+
+
+# ---- weights
+
+
+def save_weights(inference, config, step, folder):
+    """Writes a checkpoint that the original can restore, its recordings and its configuration."""
+    prefix = os.path.join(folder, f'checkpoint-{step}')
+    with without_deprecations():
+        inference.model.save_madry_checkpoint(prefix, global_step=step)
+    write_recordings(inference.recordings, f'{prefix}{RECORDINGS}')
+    with replacing(os.path.join(folder, FORMATS['weights'])) as f:
+        f.write(f'model_checkpoint_path: "checkpoint-{step}"\n')
+    paths = {'data_path': load_config()['data_path']}  # the data may lie elsewhere where it is read
+    store_config({**config, **paths}, os.path.join(folder, 'config.json'))
+
+
+def write_recordings(recordings, path):
+    """Writes recordings as a .npy file, float32 [num_recordings, 2 * all channels].
+
+    The means and the variances of each normalization stand side by side, in the network's order.
+    """
+    with replacing(path, 'wb') as f:
+        np.save(f, np.concatenate([values for pair in recordings.values() for values in pair], 1))
+
+
+def read_recordings(model, path):
+    """Returns the recordings that write_recordings wrote for this network.
+
+    Raises:
+        UserError: the file holds no recordings of this network.
+    """
+    table, of_one_image = map_array(path), model.record(tf.zeros([1, 32, 32, 3]))
+    sizes = [len(values) for pair in of_one_image.values() for values in pair]
+    if table.dtype != np.float32 or table.ndim != 2 or table.shape[1] != sum(sizes) or not len(
+            table):
+        raise UserError(f'{path} holds an array {list(table.shape)} of {table.dtype}; expected '
+                        f'float32 [recordings, {sum(sizes)}]')
+    parts = [tf.constant(part) for part in np.split(table, np.cumsum(sizes)[:-1], axis=1)]
+    if not all(np.isfinite(part).all() for part in parts) or any(
+            (variances < 0).numpy().any() for variances in parts[1::2]):
+        raise UserError(f'{path} holds no statistics; expected finite means, variances from 0')
+    return dict(zip(of_one_image, zip(parts[::2], parts[1::2])))
 
 
 # ---- its card

@@ -262,35 +262,24 @@ class RecordedInference(Inference):
     A draw gives each image the number of its recording.
 
     Args:
-        model: a model.Model with its weights loaded: the recordings are made at once.
-        clean_images: the training images, uint8 [N, 32, 32, 3], unaugmented.
-        ratio: n of n:1. num_recordings: how many recordings there are. num_samples: clean images
-            in each. seed: of the recordings' images, and of the draws.
-
-    Raises:
-        ValueError: too few clean images.
+        model: a model.Model with its weights loaded.
+        recordings: {name of a normalization: (means, variances)}, float32 [num_recordings,
+            channels] each: what record_norms returns.
+        ratio: n of n:1. seed: of the draws.
     """
 
-    def __init__(self, model, clean_images, ratio, num_recordings, num_samples, seed):
+    def __init__(self, model, recordings, ratio, seed):
         super().__init__(model, 'bn_recorded')
-        if num_samples > len(clean_images):
-            raise UserError(f'recorded_samples must be at most {len(clean_images)}, the number of '
-                            f'training images, got {num_samples}')
-        self.ratio, self.num_recordings, self.seed = ratio, num_recordings, seed
-        record = tf.function(lambda images: model.record(tf.cast(images, tf.float32)))
-        recordings = []
-        for number in range(num_recordings):
-            rng = np.random.default_rng([seed, number, 0, RECORDINGS])
-            recordings.append(record(clean_images[rng.choice(len(clean_images), num_samples,
-                                                             replace=False)]))
-        self.recordings = {name: tuple(tf.stack(values) for values in zip(*(
-            one[name] for one in recordings))) for name in recordings[0]}
+        self.recordings, self.ratio, self.seed = recordings, ratio, seed
+        self.num_recordings = len(next(iter(recordings.values()))[0])
 
     @classmethod
     def from_config(cls, model, data, config):
-        """Returns the bn_recorded inference that a configuration describes."""
-        return cls(model, data.train_data.xs, config['inference_shaping_ratio'],
-                   config['num_recordings'], config['recorded_samples'], config['np_random_seed'])
+        """Returns the bn_recorded inference that a configuration describes, recorded now."""
+        seed = config['np_random_seed']
+        recordings = record_norms(model, data.train_data.xs, config['num_recordings'],
+                                  config['recorded_samples'], seed)
+        return cls(model, recordings, config['inference_shaping_ratio'], seed)
 
     def logits(self, images, drawn):
         drawn = tf.reshape(drawn, [-1])
@@ -324,6 +313,30 @@ class RecordedInference(Inference):
 
     def _choose(self, seed, size):
         return np.random.default_rng(seed).integers(0, self.num_recordings, size, np.int32)
+
+
+def record_norms(model, clean_images, num_recordings, num_samples, seed):
+    """Returns recordings of clean images, as RecordedInference takes them.
+
+    Args:
+        clean_images: the training images, uint8 [N, 32, 32, 3], unaugmented.
+        num_recordings: how many recordings there are. num_samples: clean images in each.
+        seed: of the choice of images.
+
+    Raises:
+        UserError: too few clean images.
+    """
+    if num_samples > len(clean_images):
+        raise UserError(f'recorded_samples must be at most {len(clean_images)}, the number of '
+                        f'training images, got {num_samples}')
+    record = tf.function(lambda images: model.record(tf.cast(images, tf.float32)))
+    recordings = []
+    for number in range(num_recordings):
+        rng = np.random.default_rng([seed, number, 0, RECORDINGS])
+        recordings.append(record(clean_images[rng.choice(len(clean_images), num_samples,
+                                                         replace=False)]))
+    return {name: tuple(tf.stack(values) for values in zip(*(one[name] for one in recordings)))
+            for name in recordings[0]}
 
 
 def make_inference(model, mode, data, config):

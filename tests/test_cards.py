@@ -2,9 +2,12 @@
 import json
 import os
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
-from cards import ROOT, accuracies, folders, on_the_fixture
+import classify
+from cards import CLASSES, FIXTURE, ROOT, accuracies, folders, on_the_fixture
 from config import load_config
 
 MODELS = [os.path.relpath(folder, ROOT) for folder in folders()]
@@ -21,6 +24,19 @@ def test_the_first_line_of_a_card_is_what_its_weights_answer(name):
     assert load_config(os.path.join(ROOT, name, 'config.json'))['model_dir'] == name
     *_, group, model = name.split(os.sep)
     assert card['accuracy'] == accuracies(group, model) and card['model'] == model
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_classify_answers_where_there_are_no_images(name):
+    config = load_config(os.path.join(ROOT, name, 'config.json'), values={
+        'model_dir': os.path.join(ROOT, name), 'data_path': 'nowhere'})
+    classifier, num_recordings, names = classify.load_trained(config)
+    with np.load(os.path.join(ROOT, FIXTURE)) as z:
+        images, labels = z['images'], [CLASSES[y] for y in z['labels']]
+    known = [i for i, label in enumerate(labels) if label in names]
+    answers = classifier(images[known], recording=tf.zeros([len(known)], tf.int32))['label']
+    right = [names[answer] == labels[i] for answer, i in zip(answers, known)]
+    assert num_recordings == 100 and sum(right) >= 0.75 * len(known)
 
 
 def test_the_weights_are_small():

@@ -231,6 +231,67 @@ def test_onnx_without_its_converter_is_one_line(exported):
             'export.py: --format onnx needs tf2onnx: pip install tf2onnx'])
 
 
+# ---- weights
+
+
+@pytest.fixture(scope='module')
+def released(exported, tmp_path_factory):
+    """The folder that --format weights makes."""
+    folder = str(tmp_path_factory.mktemp('released') / 'w')
+    for _ in range(2):  # the second time in place of the first
+        status, _, stderr = program('export.py', '--model_dir', exported[1]['model_dir'],
+                                    '--format', 'weights', '--output', folder, settings=RECORDINGS)
+        assert (status, stderr) == (0, [])
+    return folder
+
+
+def test_released_weights_hold_no_velocities_and_evaluate(released, exported):
+    step, = (name[11:-6] for name in os.listdir(released) if name.endswith('.index'))
+    prefix = os.path.join(released, f'checkpoint-{step}')
+    reader = tf.train.load_checkpoint(prefix)
+    trained_here = tf.train.load_checkpoint(find_checkpoint(exported[1]))
+    names = reader.get_variable_to_shape_map()
+    assert names and not any('Momentum' in name for name in names)
+    assert all((reader.get_tensor(name) == trained_here.get_tensor(name)).all() for name in names)
+    assert tf.train.latest_checkpoint(released) == prefix
+    config = load_config(f'{released}/config.json')
+    assert config['model_dir'] == released and config['data_path'] == load_config()['data_path']
+    with open(f'{released}/card.json') as f:
+        assert json.load(f)['format'] == 'weights'
+
+
+def test_classify_needs_no_images_beside_released_weights(released, inference, monkeypatch):
+    monkeypatch.setattr(classify, 'load_data', lambda config: pytest.fail('loads the images'))
+    answer, num_recordings, names = classify.load_trained(load_config(f'{released}/config.json'))
+    infer, data = inference
+    assert (num_recordings, names) == (7, list(data.label_names))
+    images, drawn = data.eval_data.xs[:7].astype(np.float32), np.arange(7, dtype=np.int32)
+    np.testing.assert_allclose(answer(images, recording=tf.constant(drawn))['logits'],
+                               infer.logits(images, drawn), atol=1e-4)
+
+
+@pytest.mark.parametrize('spoil, said', [
+    (lambda table: table[:, 1:], r'holds an array \[7, \d+\] of float32; expected float32 \[rec'),
+    (lambda table: table.astype(float), 'of float64; expected float32'),
+    (lambda table: table[:0], r'holds an array \[0, '),
+    (lambda table: -table, 'holds no statistics; expected finite means, variances from 0'),
+    (lambda table: table * np.inf, 'holds no statistics')])
+def test_recordings_of_another_network_or_damaged_ones_are_one_line(
+        released, inference, spoil, said, tmp_path):
+    path, = (os.path.join(released, name) for name in os.listdir(released)
+             if name.endswith('.recordings.npy'))
+    np.save(tmp_path / 'r.npy', spoil(np.load(path)))
+    with pytest.raises(UserError, match=said):
+        export.read_recordings(inference[0].model, str(tmp_path / 'r.npy'))
+
+
+def test_a_folder_of_checkpoints_without_a_card_is_not_written_over(exported, tmp_path):
+    for name in ('checkpoint', 'checkpoint-7.index', 'config.json'):
+        (tmp_path / name).write_text('weeks of training')
+    with pytest.raises(UserError, match='holds something else than an exported model'):
+        export.check_output(str(tmp_path))
+
+
 # ---- classify.py
 
 

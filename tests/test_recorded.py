@@ -9,7 +9,7 @@ from conftest import attacked_batch
 from model import BN_EPSILON, Model, mixed_norm
 from pgd_attack import LinfPGDAttack
 from running import UserError
-from shaping import RecordedInference, make_inference
+from shaping import RecordedInference, make_inference, record_norms
 import train
 
 
@@ -117,7 +117,8 @@ def test_the_mixture_is_that_of_n_images_and_the_query():
 
 @pytest.fixture
 def recorded(small_model, data):
-    return RecordedInference(small_model, data.train_data.xs, 9, 7, 20, seed=3)
+    return RecordedInference(
+        small_model, record_norms(small_model, data.train_data.xs, 7, 20, seed=3), 9, seed=3)
 
 
 def test_the_same_query_draws_the_same_recordings_and_others_draw_others(recorded, batch):
@@ -173,7 +174,7 @@ def test_no_image_gets_another_recording_that_it_is_judged_by(recorded):
 
 def test_too_few_clean_images_are_refused(small_model, data):
     with pytest.raises(UserError, match='recorded_samples must be at most 200, .*, got 201'):
-        RecordedInference(small_model, data.train_data.xs, 9, 2, 201, seed=0)
+        record_norms(small_model, data.train_data.xs, 2, 201, seed=0)
 
 
 def test_make_inference_makes_it_of_the_configuration(small_model, small_config, data, batch):

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from cifar10_input import CIFAR10Data
 from shaping import (INFERENCE_MODES, Inference, RecordedInference, ShapedInference, make_inference,
-                     num_clean, tail_mask)
+                     num_clean, record_norms, tail_mask)
 
 
 class SpyModel:
@@ -130,8 +130,9 @@ def test_inference_modes_use_the_norms_that_they_name_and_leave_the_model_alone(
         expected = ShapedInference(small_model, clean_images, 9, 40, config['np_random_seed'])(
             batch[0], 0)
     else:
-        expected = RecordedInference(small_model, clean_images, 9, 3, 90, config['np_random_seed'])(
-            batch[0], 0)
+        seed = config['np_random_seed']
+        recordings = record_norms(small_model, clean_images, 3, 90, seed)
+        expected = RecordedInference(small_model, recordings, 9, seed)(batch[0], 0)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
 
