@@ -151,7 +151,8 @@ def load_exported(folder):
 def names_on(card):
     """Returns the label names on a card. Raises KeyError or TypeError: it has none."""
     names = card['classes']
-    if not all(isinstance(name, str) and name.isprintable() for name in names):
+    if not isinstance(names, list) or not all(
+            isinstance(name, str) and name.isprintable() for name in names):
         raise TypeError
     return names
 
@@ -182,12 +183,15 @@ def load_released(config, checkpoint):
     path = os.path.join(os.path.dirname(checkpoint), CARD)
     try:
         names = names_on(read_json(path))
+        if len(names) != (len(config['classes']) if config['classes'] else 10):
+            raise TypeError
     except (KeyError, TypeError):
-        raise UserError(f'{path} names no classes; expected what export.py wrote') from None
+        raise UserError(f'{path} names no such classes; expected what export.py wrote') from None
     model = build_model(config, len(names))
     model.load_madry_checkpoint(checkpoint)
-    inference = RecordedInference(model, read_recordings(model, f'{checkpoint}{RECORDINGS}'),
-                                  config['inference_shaping_ratio'], config['np_random_seed'])
+    recordings = read_recordings(model, f'{checkpoint}{RECORDINGS}', config['num_recordings'])
+    inference = RecordedInference(model, recordings, config['inference_shaping_ratio'],
+                                  config['np_random_seed'])
     return Classifier(inference, len(names)).__call__, inference.num_recordings, names
 
 

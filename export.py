@@ -3,7 +3,7 @@
     python export.py --model_dir DIR                   # newest checkpoint, to DIR/exported
     python export.py --checkpoint PREFIX --output DIR
     python export.py --model_dir DIR --format onnx     # needs tf2onnx: pip install tf2onnx
-    python export.py --model_dir DIR --format weights  # to eval.py, classify.py and the original
+    python export.py --model_dir DIR --format weights  # for eval.py, classify.py and the original
 
 What is exported is the inference bn_recorded: weights, and the statistics of num_recordings times
 recorded_samples clean training images, but no image. A request is answered for each image by a
@@ -67,8 +67,8 @@ def main():
     # The checkpoint and the output: fail now, not after the recordings
     config, form = config_from_flags(), flags.FLAGS.format
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
-    folder = flags.FLAGS.output or os.path.join(config['model_dir'], 'exported')
-    check_output(folder)
+    folder = os.path.normpath(flags.FLAGS.output or os.path.join(config['model_dir'], 'exported'))
+    check_output(folder, checkpoint)
     if form == 'onnx':
         config['precision'] = 'float32'  # the weights are; ONNX Runtime has no CPU kernels else
         find_converter()
@@ -105,12 +105,16 @@ def main():
               'checkpoint', file=sys.stderr)
 
 
-def check_output(folder):
-    """Raises UserError unless the folder can be written, and holds nothing but a former export."""
+def check_output(folder, checkpoint):
+    """Raises UserError unless the folder can be written, and holds nothing but a former export.
+
+    Nor may it hold the checkpoint that is exported: it would be removed.
+    """
     check_writable(os.path.join(folder, CARD), 'a folder that can be written, --output DIR')
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    former = WRITTEN | {name for name in names if name.startswith('checkpoint-') and CARD in names}
-    if os.path.islink(folder) or not former.issuperset(names):
+    written = all(name in WRITTEN or name.startswith('checkpoint-') for name in names)
+    source = os.path.realpath(folder) == os.path.realpath(os.path.dirname(checkpoint))
+    if os.path.islink(folder) or source or names and not (written and CARD in names):
         raise UserError(f'{folder} holds something else than an exported model; expected another '
                         'folder, --output DIR')
 
@@ -263,7 +267,7 @@ def write_recordings(recordings, path):
         np.save(f, np.concatenate([values for pair in recordings.values() for values in pair], 1))
 
 
-def read_recordings(model, path):
+def read_recordings(model, path, num_recordings):
     """Returns the recordings that write_recordings wrote for this network.
 
     Raises:
@@ -271,10 +275,9 @@ def read_recordings(model, path):
     """
     table, of_one_image = map_array(path), model.record(tf.zeros([1, 32, 32, 3]))
     sizes = [len(values) for pair in of_one_image.values() for values in pair]
-    if table.dtype != np.float32 or table.ndim != 2 or table.shape[1] != sum(sizes) or not len(
-            table):
+    if table.dtype != np.float32 or table.shape != (num_recordings, sum(sizes)):
         raise UserError(f'{path} holds an array {list(table.shape)} of {table.dtype}; expected '
-                        f'float32 [recordings, {sum(sizes)}]')
+                        f'float32 [{num_recordings}, {sum(sizes)}]')
     parts = [tf.constant(part) for part in np.split(table, np.cumsum(sizes)[:-1], axis=1)]
     if not all(np.isfinite(part).all() for part in parts) or any(
             (variances < 0).numpy().any() for variances in parts[1::2]):

@@ -78,19 +78,23 @@ def main(words):
     # Evaluate what is missing; print and draw
     for name, table in tables.items():
         try:
-            text = section(table, config, evaluations)
+            show(name, table, config, evaluations, folder)
         except UserError as error:
             if not stored or name in words:
                 raise
             print(f'{name} is left out: {error}', file=sys.stderr)  # of all that there are
-            continue
-        path = os.path.join(folder, f'{name}.md')
-        with replacing(path) as f:
-            f.write(text)
-        print(f'\n{text}\nWritten to {path}', flush=True)
-        for plot, draw in table.plots.items():
-            path = plots.save(draw(config, evaluations), folder, plot)
-            print(f'Drawn: {path}', flush=True)
+
+
+def show(name, table, config, evaluations, folder):
+    """Makes a table and its plots, prints it, and writes them to a folder."""
+    text = section(table, config, evaluations)
+    path = os.path.join(folder, f'{name}.md')
+    with replacing(path) as f:
+        f.write(text)
+    print(f'\n{text}\nWritten to {path}', flush=True)
+    for plot, draw in table.plots.items():
+        path = plots.save(draw(config, evaluations), folder, plot)
+        print(f'Drawn: {path}', flush=True)
 
 
 def read_config(stored):

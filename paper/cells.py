@@ -298,18 +298,22 @@ class StoredEvaluations(Evaluations):
 # ---- Tables I and II
 
 
-def there(trainings, config, evaluations):
-    """Returns those of some trainings that can be shown: of stored ones, some may be lacking.
+def available(trainings, config, evaluations):
+    """Yields those of some trainings that have accuracies on clean images: some may not be stored.
+
+    One after the other, so that Ray computes what is asked of the first while others are trained.
 
     Raises:
         UserError: there is none.
     """
-    found = [training for training in trainings
-             if evaluations[name_of(training, config)].has()]
-    if not found:
+    any_is_there = False
+    for training in trainings:
+        if evaluations[name_of(training, config)].has('clean'):
+            any_is_there = True
+            yield training
+    if not any_is_there:
         raise UserError('nothing is stored of '
                         f'{" or ".join(name_of(training, config) for training in trainings)}')
-    return found
 
 
 def attacks_on(training, config, evaluations):
@@ -323,11 +327,20 @@ def attacks_on(training, config, evaluations):
 
 
 def worst_cases_of(by_attack, config):
-    """Returns the results of the worst cases over {attack: evaluation}, as eval.py has them."""
+    """Returns the results of the worst cases over {attack: evaluation}, as eval.py has them.
+
+    Under the inference modes that each attack on all images is judged by.
+    """
+    judged = {attack: [result['inference'] for result in evaluation['results']]
+              for attack, evaluation in by_attack.items()}
+    sizes = {attack: len(evaluation['in_ball']) for attack, evaluation in by_attack.items()}
+    judges = [judge for judge in JUDGES if all(
+        judge in judged[attack] for attack in by_attack if sizes[attack] == max(sizes.values()))]
+
     def of_each(value):
-        return {attack: {(result['inference'], None): value(evaluation, result['inference'])
-                         for result in evaluation['results']}
-                for attack, evaluation in by_attack.items()}
+        return {attack: {(judge, None): value(evaluation, judge)
+                         for judge in judges if judge in judged[attack]}
+                for attack, evaluation in by_attack.items() if set(judges) & set(judged[attack])}
 
     return worst_cases(of_each(lambda evaluation, judge: right_of(evaluation, judge)[None]),
                        of_each(lambda evaluation, _: from_digits(evaluation['in_ball'])),

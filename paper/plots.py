@@ -6,7 +6,7 @@ import numpy as np
 from doubts import is_transferred
 from eval import WORST_IN_BALL
 from paper import formats
-from paper.cells import JUDGES, attacks_on, there, worst_cases_of
+from paper.cells import JUDGES, attacks_on, available, worst_cases_of
 from paper.curves import VALUES, courses
 from paper.published import (ADV_ONLY, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
                              PAPER_RATIOS, PAPER_TABLES, SHAPED, Training)
@@ -47,18 +47,19 @@ def tradeoff(adversary, config, evaluations):
     """
     figure, axes = make_pyplot().subplots(figsize=(6, 5))
     colours = dict(zip(MODES, COLOURS))
-    for training in there([Training(adversary, mode) for mode in MODES], config, evaluations):
+    for training in available([Training(adversary, mode) for mode in MODES], config, evaluations):
         mode, colour = training.mode, colours[training.mode]
         by_attack = attacks_on(training, config, evaluations)
         worst = [r for r in worst_cases_of(by_attack, config) if r['attack'] == WORST_IN_BALL]
         paper = PAPER_TABLES[adversary][mode]
         for inference, marker in zip(JUDGES, 'os^D'):
             style = {'color': colour, 'marker': marker, 'linestyle': ''}
-            found = [r for r in (*by_attack['clean']['results'], *by_attack['pgd']['results'],
-                                 *worst) if r['inference'] == inference]
-            if not found:  # an older folder
+            found = [r for attack in ('clean', 'pgd') if attack in by_attack
+                     for r in by_attack[attack]['results'] if r['inference'] == inference]
+            if len(found) < 2:  # not stored
                 continue
-            clean, pgd, *robust = found
+            clean, pgd = found
+            robust = [r for r in worst if r['inference'] == inference]
             for result in robust:
                 errors = [[[100 * abs(bound - r['accuracy'])] for bound in r['interval']]
                           for r in (clean, result)]
@@ -79,7 +80,7 @@ def tradeoff(adversary, config, evaluations):
 def cost(config, evaluations):
     """Plots the accuracy that each direct attack leaves against the gradients that it may take."""
     figure, axes = make_pyplot().subplots(figsize=(6, 4))
-    for training in there([DEFAULT, SHAPED], config, evaluations):
+    for training in available([DEFAULT, SHAPED], config, evaluations):
         colour = {DEFAULT: 'tab:blue', SHAPED: 'tab:red'}[training]
         by_attack = attacks_on(training, config, evaluations)
         for inference, style in (('pn', '-'), ('bn_recorded', '--'), ('bn_shaping', ':')):

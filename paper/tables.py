@@ -10,8 +10,8 @@ from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_
 from model import network_name
 from paper import (binarization, checks, claims, curves, experiments, formats, gallery, headline,
                    neighbours, plots, scales, variations)
-from paper.cells import (JUDGES, attacks_on, from_digits, result_of, right_in_draws, right_of,
-                         there, worst_cases_of)
+from paper.cells import (JUDGES, Evaluations, attacks_on, available, from_digits, result_of,
+                         right_in_draws, right_of, worst_cases_of)
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
 from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES,
@@ -44,6 +44,8 @@ class Table(NamedTuple):
     plots: Mapping = {}    # {file name: (config, evaluations) -> a matplotlib figure}
     checks: tuple = ()     # (config, data) -> None; UserError for what would fail after hours
     apart: bool = False    # made where it is asked for by name, not by `all`
+    shows: Callable = Evaluations.has  # (Evaluations) -> whether a training is in the table: of
+                                       # stored ones, those that are not are named
 
 
 # ---- Tables I to IV
@@ -56,7 +58,7 @@ def main_rows(adversary, config, evaluations):
     """
     rows = []
     # All are asked for before one is looked into: Ray computes side by side
-    by_mode = {training.mode: attacks_on(training, config, evaluations) for training in there(
+    by_mode = {training.mode: attacks_on(training, config, evaluations) for training in available(
         [Training(adversary, mode) for mode in MODES], config, evaluations)}
     for mode, by_attack in by_mode.items():
         results = [r for evaluation in by_attack.values() for r in evaluation['results']]
@@ -130,7 +132,7 @@ def summary_rows(config, evaluations):
     Robust: the worst case in the ball over all attacks of Tables I and II that were run on all
     images. The default: adversarial-only training by the same adversary, judged by pn.
     """
-    all_attacks = {training: attacks_on(training, config, evaluations) for training in there(
+    all_attacks = {training: attacks_on(training, config, evaluations) for training in available(
         [Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES], config,
         evaluations)}
     found, of_default, rows = [], {}, []
@@ -268,6 +270,12 @@ def check_shaping_attack(config, data):
 
 # ---- the list
 
+
+def has_clean(of_training):
+    """Returns whether a training is in Tables I and II: see cells.available."""
+    return of_training.has('clean')
+
+
 FIRST = 'the first {n} test images'
 ACCURACY = f'{FIRST}; accuracy in %, [95% Wilson intervals]; t: transferred'
 DIFFERENCES = '; differences in points, [95% intervals of pairs of the same samples]'
@@ -279,7 +287,7 @@ TABLES = {
     'headline': Table(
         'All test images, under the norms that can be deployed',
         headline.SHOWN,
-        headline.HEADER, headline.headline_rows, headline.CAPTION),
+        headline.HEADER, headline.headline_rows, headline.CAPTION, shows=headline.is_shown),
     'summary': Table(
         'Clean and robust accuracy',
         tuple(Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES),
@@ -287,20 +295,20 @@ TABLES = {
         summary_rows, FIRST + '; accuracy in %, [95% Wilson intervals]; robust: the worst case in '
         'the ball over all attacks on all of these images; the default: adversarial-only training '
         'by the same adversary, judged by `pn`' + DIFFERENCES,
-        checks=(check_shaping_attack,)),
+        checks=(check_shaping_attack,), shows=has_clean),
     'table1': Table(
         'Table I: PGD-based adversarial training',
         tuple(Training('pgd', mode) for mode in MODES),
         MAIN_HEADER, partial(main_rows, 'pgd'), ACCURACY,
         plots={'table1_tradeoff': partial(plots.tradeoff, 'pgd'), 'table1_cost': plots.cost},
-        checks=(check_shaping_attack,)),
+        checks=(check_shaping_attack,), shows=has_clean),
     'table2': Table(
         'Table II: TRADES-based adversarial training',
         tuple(Training('trades', mode) for mode in MODES),
         MAIN_HEADER, partial(main_rows, 'trades'),
         ACCURACY + '; trained on the cross-entropy of {xent} images, beta {beta}',
         plots={'table2_tradeoff': partial(plots.tradeoff, 'trades')},
-        checks=(check_shaping_attack,)),
+        checks=(check_shaping_attack,), shows=has_clean),
     'table3': Table(
         'Table III: adaptive attacks, under bn_shaping',
         tuple(Training(adversary, NORM_SHAPING) for adversary in PAPER_TABLES),
@@ -434,8 +442,8 @@ def section(table, config, evaluations):
     rows = formats.markdown(table.header, table.rows(config, evaluations))
     note = f'\n{table.note}\n' if table.note else ''
     lacking = [f'`{name}`' for name in trainings_of([table], config)
-               if not evaluations[name].has()]
-    without = f' Nothing is stored of {", ".join(lacking)}.' if lacking else ''
+               if not table.shows(evaluations[name])]
+    without = f' Left out, as not stored: {", ".join(lacking)}.' if lacking else ''
     return f'## {table.title}\n\n{caption(table, config)}{without}\n\n{rows}\n{note}'
 
 

@@ -240,7 +240,8 @@ def released(exported, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp('released') / 'w')
     for _ in range(2):  # the second time in place of the first
         status, _, stderr = program('export.py', '--model_dir', exported[1]['model_dir'],
-                                    '--format', 'weights', '--output', folder, settings=RECORDINGS)
+                                    '--format', 'weights', '--output', f'{folder}/',
+                                    settings=RECORDINGS)
         assert (status, stderr) == (0, [])
     return folder
 
@@ -271,9 +272,9 @@ def test_classify_needs_no_images_beside_released_weights(released, inference, m
 
 
 @pytest.mark.parametrize('spoil, said', [
-    (lambda table: table[:, 1:], r'holds an array \[7, \d+\] of float32; expected float32 \[rec'),
+    (lambda table: table[:, 1:], r'holds an array \[7, \d+\] of float32; expected float32 \[7, '),
     (lambda table: table.astype(float), 'of float64; expected float32'),
-    (lambda table: table[:0], r'holds an array \[0, '),
+    (lambda table: table[:6], r'holds an array \[6, '),
     (lambda table: -table, 'holds no statistics; expected finite means, variances from 0'),
     (lambda table: table * np.inf, 'holds no statistics')])
 def test_recordings_of_another_network_or_damaged_ones_are_one_line(
@@ -282,14 +283,28 @@ def test_recordings_of_another_network_or_damaged_ones_are_one_line(
              if name.endswith('.recordings.npy'))
     np.save(tmp_path / 'r.npy', spoil(np.load(path)))
     with pytest.raises(UserError, match=said):
-        export.read_recordings(inference[0].model, str(tmp_path / 'r.npy'))
+        export.read_recordings(inference[0].model, str(tmp_path / 'r.npy'), 7)
 
 
-def test_a_folder_of_checkpoints_without_a_card_is_not_written_over(exported, tmp_path):
-    for name in ('checkpoint', 'checkpoint-7.index', 'config.json'):
-        (tmp_path / name).write_text('weeks of training')
+@pytest.mark.parametrize('classes', [{'airplane': 0}, 'ten names', ['one'], None])
+def test_a_card_that_names_other_classes_is_one_line(released, classes, monkeypatch):
+    monkeypatch.setattr(classify, 'read_json', lambda path: {'classes': classes})
+    with pytest.raises(UserError, match='card.json names no such classes; expected what export'):
+        classify.load_trained(load_config(f'{released}/config.json'))
+
+
+def test_a_folder_of_checkpoints_is_not_written_over(exported, tmp_path):
+    source = find_checkpoint(exported[1])
     with pytest.raises(UserError, match='holds something else than an exported model'):
-        export.check_output(str(tmp_path))
+        export.check_output(os.path.dirname(source), source)
+    for name in ('config.json', 'checkpoint', 'checkpoint-7.index'):
+        (tmp_path / name).write_text('weeks of training')
+        with pytest.raises(UserError, match='holds something else than an exported model'):
+            export.check_output(str(tmp_path), source)
+    (tmp_path / 'card.json').write_text('{}')
+    export.check_output(str(tmp_path), source)  # a former export
+    with pytest.raises(UserError, match='holds something else than an exported model'):
+        export.check_output(str(tmp_path), str(tmp_path / 'checkpoint-7'))  # what is exported
 
 
 # ---- classify.py
