@@ -158,7 +158,9 @@ class APGDAttack:
                 of_draw = tf.stack([LOSSES[f](z, y, target) for f in self.loss_funcs])[loss_func]
             loss += of_draw
             share += tf.cast(tf.argmax(z, 1) == y, tf.float32)
-            gradient += tape.gradient(of_draw, x)
+            # Not +=: of batches of any size, TensorFlow makes a sum in place of it, which fails in
+            # loops within loops (its issue 23780)
+            gradient = tf.reduce_sum([gradient, tape.gradient(of_draw, x)], axis=0)
         n = tf.cast(len(drawn), tf.float32)
         return loss / n, share / n, gradient / n
 
