@@ -154,6 +154,16 @@ class LinfPGDAttack:
                 self.model(x, recorded=recorded))
 
 
+def added(gradient, another):
+    """Returns the sum of two gradients, in a loop within a loop.
+
+    `+` will not do: TensorFlow's optimizer joins it with the tape's own sums and, where the network
+    is deep and the batch large, keeps the result in a temporary variable that is still there at the
+    next call, which then fails (tensorflow/tensorflow issue 23780).
+    """
+    return tf.reduce_sum([gradient, another], axis=0)
+
+
 def project(x, x_nat, epsilon):
     """Returns x [b, 32, 32, 3] clipped to the ball around x_nat and to [0, 255]."""
     return tf.clip_by_value(x, tf.maximum(x_nat - epsilon, 0.), tf.minimum(x_nat + epsilon, 255.))

@@ -3,7 +3,7 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_input import eval_examples
-from pgd_attack import LinfPGDAttack, pgd_settings
+from pgd_attack import LinfPGDAttack, added, pgd_settings
 from shaping import MAX_GRADIENT_IMAGES, form_of, queries_of
 
 
@@ -36,7 +36,7 @@ class AdaptivePGD(LinfPGDAttack):
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(x)
                 loss = self.loss(self.inference.logits(x, one_draw), target)
-            total += tape.gradient(loss, x)
+            total = added(total, tape.gradient(loss, x))
         return total
 
 

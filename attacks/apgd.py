@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_input import eval_examples
-from pgd_attack import margin, project, random_bits
+from pgd_attack import added, margin, project, random_bits
 from shaping import MAX_GRADIENT_IMAGES, Inference, form_of, masked, queries_of
 
 MOMENTUM = 0.75        # the paper's alpha
@@ -158,9 +158,7 @@ class APGDAttack:
                 of_draw = tf.stack([LOSSES[f](z, y, target) for f in self.loss_funcs])[loss_func]
             loss += of_draw
             share += tf.cast(tf.argmax(z, 1) == y, tf.float32)
-            # Not +=: of batches of any size, TensorFlow makes a sum in place of it, which fails in
-            # loops within loops (its issue 23780)
-            gradient = tf.reduce_sum([gradient, tape.gradient(of_draw, x)], axis=0)
+            gradient = added(gradient, tape.gradient(of_draw, x))
         n = tf.cast(len(drawn), tf.float32)
         return loss / n, share / n, gradient / n
 

@@ -430,6 +430,20 @@ def test_what_is_kept_stands_in_order_of_strength():
     assert kept[:, 0].tolist() == [4, 5, 3]
 
 
+@pytest.mark.parametrize('make', [
+    lambda inference: AdaptivePGD(inference, 8., 2, 2., True, 'xent'),
+    lambda inference: apgd.APGDAttack(inference.logits, ['xent'], 8., 2)])
+def test_a_deep_network_and_a_full_batch_are_attacked_again_and_again(madry_model, make):
+    """TensorFlow's optimizer once made of a sum what fails at the second call."""
+    inference = Inference(madry_model, 'pn')
+    attack, images = make(inference), RNG.uniform(0, 255, [100, 32, 32, 3]).astype(np.float32)
+    drawn = NOTHING_DRAWN[0] if isinstance(attack, AdaptivePGD) else NOTHING_DRAWN
+    more = [] if isinstance(attack, AdaptivePGD) else ['xent']
+    first, second = (np.asarray(attack.perturb(images, np.zeros(100), (0, 0), drawn, *more))
+                     for _ in range(2))
+    assert (first == second).all()
+
+
 @pytest.mark.parametrize('loss_func', ['xent', 'dlr'])
 def test_apgd_raises_its_loss_above_what_pgd_reaches(madry_model, golden, loss_func):
     """The original's network, population norms, five steps each, epsilon 2."""
