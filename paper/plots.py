@@ -106,10 +106,12 @@ def curves(config, evaluations):
     figure, all_axes = make_pyplot().subplots(1, max(len(found), 1), figsize=(4 * max(
         len(found), 1), 3.2), sharey=True, squeeze=False)
     for axes, (name, course) in zip(all_axes[0], found.items()):
-        for (key, label), style in zip(VALUES.items(), ('.', '-', 's:', 's--')):
+        for (key, label), style, colour in zip(VALUES.items(), ('.', '-', 's:', 's--'), (
+                'lightblue', 'lightsalmon', 'tab:blue', 'tab:red')):
             if course[key]:
                 steps, values = np.array(course[key]).T
-                axes.plot(steps, 100 * values, style, markersize=3, linewidth=1, label=label)
+                axes.plot(steps, 100 * values, style, color=colour, markersize=3, linewidth=1,
+                          label=label)
         axes.set_title(name, fontsize=8)
         axes.set(xlabel='step', ylim=(0, 100))
         axes.grid(alpha=0.3)

@@ -10,8 +10,8 @@ from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_
 from model import network_name
 from paper import (binarization, checks, claims, curves, experiments, formats, gallery, headline,
                    neighbours, plots, scales, variations)
-from paper.cells import (JUDGES, Evaluations, attacks_on, available, from_digits, result_of,
-                         right_in_draws, right_of, worst_cases_of)
+from paper.cells import (JUDGES, attacks_on, available, from_digits, result_of, right_in_draws,
+                         right_of, worst_cases_of)
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
 from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES,
@@ -44,8 +44,8 @@ class Table(NamedTuple):
     plots: Mapping = {}    # {file name: (config, evaluations) -> a matplotlib figure}
     checks: tuple = ()     # (config, data) -> None; UserError for what would fail after hours
     apart: bool = False    # made where it is asked for by name, not by `all`
-    shows: Callable = Evaluations.has  # (Evaluations) -> whether a training is in the table: of
-                                       # stored ones, those that are not are named
+    shows: Callable = lambda of_training: of_training.has()  # whether a training, an Evaluations,
+                                                             # is in it; others are named
 
 
 # ---- Tables I to IV

@@ -20,10 +20,12 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from config import load_config  # noqa: E402
-from eval import WORST_IN_BALL  # noqa: E402
+from eval import WORST_IN_BALL, wilson_interval  # noqa: E402
 from model import build_model, find_checkpoint, network_name  # noqa: E402
-from paper.cells import StoredEvaluations, attacks_on, worst_cases_of  # noqa: E402
-from paper.published import PAPER_TABLES, MODES, Training  # noqa: E402
+from paper import headline  # noqa: E402
+from paper.cells import (StoredEvaluations, attacks_on, result_of, right_of,  # noqa: E402
+                         worst_cases_of)
+from paper.published import MODES  # noqa: E402
 from paper.trainings import config_of, name_of  # noqa: E402
 from running import UserError  # noqa: E402
 from running.unfinished import checkpoint_digest  # noqa: E402
@@ -60,30 +62,50 @@ def on_the_fixture(folder):
 def accuracies(group, name):
     """Returns {inference: {'clean': ..., 'worst in ball': ...}} as results/GROUP has them.
 
-    {} where Tables I and II do not show the model, or results/ has other weights'.
+    Of the table `headline` where Tables I and II do not show the model; {} where that does not,
+    either, or results/ has other weights'.
     """
     folder = os.path.join(ROOT, 'results', group)
     if not os.path.exists(os.path.join(folder, 'config.json')):
         return {}
     config = load_config(os.path.join(folder, 'config.json'))
-    for training in [Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES]:
+    for training in headline.SHOWN:
         if name_of(training, config) == name:
             break
     else:
         return {}
     stored = StoredEvaluations(name, config_of(training, config), os.path.join(folder, 'cells'))
     digest = checkpoint_digest(find_checkpoint(config, os.path.join(ROOT, 'weights', group, name)))
-    try:
-        by_attack = attacks_on(training, config, {name: stored})
-    except UserError:  # not all of them are stored
-        return {}
-    if 'clean' not in by_attack or by_attack['clean']['identity'][2] != digest:
-        return {}
+    if training.mode in MODES and not training.seed:
+        try:
+            return of_tables(attacks_on(training, config, {name: stored}), config, digest)
+        except UserError:  # not all of them are stored
+            pass
+    return of_headline(stored, digest) if stored.has() else {}
+
+
+def of_tables(by_attack, config, digest):
     found = {}
+    if by_attack['clean']['identity'][2] != digest:
+        return found
     for result in [*by_attack['clean']['results'], *worst_cases_of(by_attack, config)]:
         if result['attack'] in ('clean', WORST_IN_BALL):
             shown = {key: result[key] for key in (*KEPT, 'attacks') if key in result}
             found.setdefault(result['inference'], {})[result['attack']] = shown
+    return found
+
+
+def of_headline(stored, digest):
+    found, attacks = {}, ['clean', 'pgd', 'adaptive']
+    for inference in headline.DEPLOYED:
+        _, *kept = headline.of_row(inference, stored, False)
+        if None in kept or kept[0]['identity'][2] != digest:
+            continue
+        clean = result_of(kept[0], inference)
+        robust = np.all([right_of(evaluation, inference) for evaluation in kept], axis=0)
+        found[inference] = {'clean': {key: clean[key] for key in KEPT}, WORST_IN_BALL: {
+            'accuracy': float(robust.mean()), 'num_examples': len(robust), 'attacks': attacks,
+            'interval': [*wilson_interval(robust.sum(), len(robust))]}}
     return found
 
 
