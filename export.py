@@ -15,8 +15,8 @@ recording drawn for it alone; no seed is stored, so no two processes draw the sa
     classify(images, num_votes=20)['votes']       # how many of 20 recordings answer each class
     classify(images, recording=answer['recording'])          # the same answer again
 
-`weights` are the checkpoint without velocities, config.json and the recordings: a folder as those
-under weights/, which classify.py needs no data set for.
+`weights` are the checkpoint without velocities, config.json and the recordings: a folder like those
+under weights/. classify.py needs no data set for it.
 
 Beside the model stands card.json: the training, its digest, accuracies, the threat model, the
 input. Its accuracies are those in MODEL_DIR/eval/results.json of this very checkpoint, so first
