@@ -580,7 +580,7 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
     assert status == 0, errors
     assert (tmp_path / 's' / 'gap.md').read_text() == gap
     assert (tmp_path / 's' / 'curves_plot.png').exists()
-    status, _, errors = program('reproduce.py', 'table1', '--stored', str(tmp_path / 's'))
+    status, _, errors = program('reproduce.py', 'table4', '--stored', str(tmp_path / 's'))
     assert status == 2 and len(errors) == 1 and 'holds no' in errors[0]
 
 
