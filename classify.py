@@ -166,20 +166,24 @@ def load_trained(config):
         UserError: there is none, or what is beside it is not what export.py writes.
     """
     checkpoint = find_checkpoint(config)
-    if os.path.exists(f'{checkpoint}{RECORDINGS}'):
-        return load_released(config, checkpoint)
-    data = load_data(config)
-    model = build_model(config, data.num_classes)
+    released = os.path.exists(f'{checkpoint}{RECORDINGS}')
+    data = None if released else load_data(config)
+    names = names_beside(checkpoint, config) if released else data.label_names
+    model = build_model(config, len(names))
     model.load_madry_checkpoint(checkpoint)
-    print(f'{checkpoint}: recording {config["num_recordings"]} times '
-          f'{config["recorded_samples"]} training images', file=sys.stderr, flush=True)
-    inference = RecordedInference.from_config(model, data, config)
-    classify = Classifier(inference, data.num_classes).__call__
-    return classify, inference.num_recordings, data.label_names
+    if released:
+        recordings = read_recordings(model, f'{checkpoint}{RECORDINGS}', config['num_recordings'])
+        inference = RecordedInference(model, recordings, config['inference_shaping_ratio'],
+                                      config['np_random_seed'])
+    else:
+        print(f'{checkpoint}: recording {config["num_recordings"]} times '
+              f'{config["recorded_samples"]} training images', file=sys.stderr, flush=True)
+        inference = RecordedInference.from_config(model, data, config)
+    return Classifier(inference, len(names)).__call__, inference.num_recordings, names
 
 
-def load_released(config, checkpoint):
-    """Returns the same of a checkpoint with recordings and a card beside it; needs no images."""
+def names_beside(checkpoint, config):
+    """Returns the label names on the card beside released weights. Raises UserError."""
     path = os.path.join(os.path.dirname(checkpoint), CARD)
     try:
         names = names_on(read_json(path))
@@ -187,12 +191,7 @@ def load_released(config, checkpoint):
             raise TypeError
     except (KeyError, TypeError):
         raise UserError(f'{path} names no such classes; expected what export.py wrote') from None
-    model = build_model(config, len(names))
-    model.load_madry_checkpoint(checkpoint)
-    recordings = read_recordings(model, f'{checkpoint}{RECORDINGS}', config['num_recordings'])
-    inference = RecordedInference(model, recordings, config['inference_shaping_ratio'],
-                                  config['np_random_seed'])
-    return Classifier(inference, len(names)).__call__, inference.num_recordings, names
+    return names
 
 
 if __name__ == '__main__':

@@ -36,22 +36,27 @@ def headline_rows(config, evaluations):
         if None in of_attacks:
             continue
         results = [result_of(evaluation, inference) for evaluation in of_attacks]
-        right = [right_of(evaluation, inference) for evaluation in of_attacks]
-        most, fewest = max(map(len, right)), min(map(len, right))  # num_attack_examples may be less
-        robust = np.all([of_attack[:fewest] for of_attack in right], axis=0)
+        clean, robust = right_of(of_attacks[0], inference), survivors(of_attacks, inference)
+        n = max(result['num_examples'] for result in results)
         if (training.mode, inference) == (ADV_ONLY, 'pn'):
-            of_default[training.adversary, training.seed] = right[0], robust
+            of_default[training.adversary, training.seed] = clean, robust
         theirs = of_default.get((training.adversary, training.seed))
         differences = [''] * 2 if theirs is None or theirs[1] is robust else [
-            formats.difference(*paired_difference(*both))
-            for both in zip((right[0], robust), theirs)]
-        rows.append([f'`{name_of(training, config)}`', f'`{inference}`', most,
-                     *(formats.accuracy(result, most) for result in results),
-                     formats.share(robust.mean(), wilson_interval(robust.sum(), fewest)),
+            formats.difference(*paired_difference(*both)) for both in zip((clean, robust), theirs)]
+        rows.append([f'`{name_of(training, config)}`', f'`{inference}`', n,
+                     *(formats.accuracy(result, n) for result in results),
+                     formats.share(robust.mean(), wilson_interval(robust.sum(), len(robust))),
                      formats.accuracy(result_of(full, inference)) if full else '', *differences])
     if not rows:
         raise UserError('no accuracy on all test images is stored')
     return rows
+
+
+def survivors(of_attacks, inference):
+    """Returns which images are right under all of some evaluations, bool [fewest of them]."""
+    right = [right_of(evaluation, inference) for evaluation in of_attacks]
+    n = min(map(len, right))  # num_attack_examples may be less for one of them
+    return np.all([of_attack[:n] for of_attack in right], axis=0)
 
 
 def of_row(inference, of_training, with_full_budget):

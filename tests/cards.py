@@ -23,7 +23,7 @@ from config import load_config  # noqa: E402
 from eval import WORST_IN_BALL, wilson_interval  # noqa: E402
 from model import build_model, find_checkpoint, network_name  # noqa: E402
 from paper import headline  # noqa: E402
-from paper.cells import (StoredEvaluations, attacks_on, result_of, right_of,  # noqa: E402
+from paper.cells import (StoredEvaluations, attacks_on, result_of,  # noqa: E402
                          worst_cases_of)
 from paper.published import MODES  # noqa: E402
 from paper.trainings import config_of, name_of  # noqa: E402
@@ -102,7 +102,7 @@ def of_headline(stored, digest):
         if None in kept or kept[0]['identity'][2] != digest:
             continue
         clean = result_of(kept[0], inference)
-        robust = np.all([right_of(evaluation, inference) for evaluation in kept], axis=0)
+        robust = headline.survivors(kept, inference)
         found[inference] = {'clean': {key: clean[key] for key in KEPT}, WORST_IN_BALL: {
             'accuracy': float(robust.mean()), 'num_examples': len(robust), 'attacks': attacks,
             'interval': [*wilson_interval(robust.sum(), len(robust))]}}
