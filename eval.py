@@ -67,6 +67,7 @@ WORST_IN_BALL = 'worst in ball'  # over the attacks that were run on all images
 WORST_DIRECT, WORST_TRANSFERRED = 'worst in ball, direct', 'worst in ball, transferred'
 WORST_OF_SLOW = 'worst in ball, slow too'  # over all attacks, on the images that all were run on
 WORST_CASE = 'worst case'  # the same, in the ball or not
+WORST = WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW, WORST_CASE
 NUM_SAMPLES = 8  # the first examples of each attack, for pictures
 
 
@@ -129,7 +130,7 @@ def evaluate_checkpoint(filename, model, data, config, request, outputs):
         of_weights, of_data = checkpoint_digest(filename), data_digest(data)
         step = model.load_madry_checkpoint(filename)
     except (UserError, FileNotFoundError):
-        if os.path.exists(f'{filename}.index'):
+        if os.path.exists(f'{filename}.index') or os.path.isfile(filename):
             raise
         raise Removed(f'{filename} was removed before it could be evaluated') from None
     print(f'Checkpoint {filename}, step {step}   ({datetime.now()})', flush=True)
@@ -199,21 +200,20 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
     for line in skipped:
         print(line, file=sys.stderr, flush=True)
 
-    results, right, in_ball, settings = [], {}, {}, {}
+    results, judged = [], {judge: {} for judge in judges}
     for label, name, attack, chosen in rounds:
-        of_attack, of_judges, of_ball = evaluate_attack(
+        of_attack, right, in_ball = evaluate_attack(
             name, attack, data, config, chosen, num_draws, kept and kept[label], samples, label)
         results += of_attack
-        right.setdefault(name, {}).update(of_judges)
-        in_ball.setdefault(name, {}).update(dict.fromkeys(chosen, of_ball))
-        settings.setdefault(name, {}).update(dict.fromkeys(chosen, attack[1]))
+        for judge in chosen:
+            judged[judge][name] = Judged(right[judge], in_ball, attack[1])
 
     for mode in modes:
         judge = next(judge for judge in judges if judge[0] == mode)
-        of_mode = {a: of[judge] for a, of in right.items() if judge in of}
+        right = {name: of_attack.right for name, of_attack in judged[judge].items()}
         add_flags([r for r in results if r['inference'] == mode], model, data, config, judge,
-                  judges[judge], of_mode, num_draws, check)
-    return worst_cases(right, in_ball, settings, config) + results
+                  judges[judge], right, num_draws, check)
+    return worst_cases(judged, config) + results
 
 
 def add_flags(results, model, data, config, judge, inference, right, num_draws, check):
@@ -334,52 +334,82 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
     batch_size, n = config['eval_batch_size'], num_examples(name, config)
     perturb, settings = attack
     label = label or name
-    queries = {judge: num_draws if judge[0] in FORMS else 1 for judge in judges}
-    right = {judge: np.zeros([draws, n], bool) for judge, draws in queries.items()}
-    xent = {judge: np.zeros(-(-n // batch_size)) for judge in judges}  # a sum a batch
-    in_ball = np.zeros(n, bool)
-    l2, num_queries = np.zeros(n), np.zeros(n)
-    seconds, k = np.zeros([]), min(NUM_SAMPLES, n)
-    firsts, answers = np.zeros([k, 32, 32, 3], np.float32), {j: np.zeros(k, int) for j in judges}
-    sure = {judge: np.zeros(k) for judge in judges}
-    found = [*right.values(), *xent.values(), in_ball, l2, num_queries, seconds, firsts,
-             *answers.values(), *sure.values()]
-    for start, end in batches(kept, found, n, batch_size, label, shard):
+    found = Found(judges, n, batch_size, num_draws)
+    for start, end in batches(kept, found.arrays(), n, batch_size, label, shard):
         x_nat, y = images[start:end].astype(np.float32), labels[start:end]
         begin = timer()
         x_adv = np.asarray(perturb(start, end), np.float32)
-        seconds += timer() - begin
+        found.seconds += timer() - begin
         fault = perturbation_fault(x_nat, x_adv, settings['epsilon'])
         if fault:
             raise RuntimeError(f'{label}, samples {start} to {end - 1}: {fault}')
-        change = np.abs(x_adv - x_nat).reshape(end - start, -1)
-        in_ball[start:end] = change.max(axis=1) <= config['epsilon'] + 1e-4
-        l2[start:end] = np.linalg.norm(change / 255, axis=1)
-        num_queries[start:end] = getattr(perturb, 'num_queries', 0)
-        firsts[start:end] = x_adv[:max(0, k - start)]
+        found.measure(start, x_nat, x_adv, config['epsilon'])
+        found.num_queries[start:end] = getattr(perturb, 'num_queries', 0)
         for judge, classify in judges.items():
-            for draw, query in enumerate(queries_of(start // batch_size, queries[judge])):
-                logits = classify(x_adv, query)
-                predicted = np.argmax(logits, 1)
-                right[judge][draw, start:end] = predicted == y
-                if draw == 0:
-                    answers[judge][start:end] = predicted[:max(0, k - start)]
-                    sure[judge][start:end] = tf.reduce_max(
-                        tf.nn.softmax(logits), axis=1)[:max(0, k - start)]
-                xent[judge][start // batch_size] += float(tf.reduce_sum(
-                    tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)))
-    settings = {**settings, 'seconds': round(float(seconds), 3)}
+            found.judge(judge, classify, start, start // batch_size, x_adv, y)
+    settings = {**settings, 'seconds': round(float(found.seconds), 3)}
     if name in MINIMUM_NORM:
-        fooled = l2[l2 > 0]
+        fooled = found.l2[found.l2 > 0]
         settings |= {'num_fooled': len(fooled),
                      'median_l2': float(np.median(fooled)) if len(fooled) else None}
-    if num_queries.any():
-        settings['queries'] = round(float(num_queries.mean()))
-    results = [cell(name, judge, right[judge], config, {
-        'xent': float(xent[judge].sum()) / (queries[judge] * n), **settings}) for judge in judges]
+    if found.num_queries.any():
+        settings['queries'] = round(float(found.num_queries.mean()))
+    results = [cell(name, judge, right, config, {
+        'xent': float(found.xent[judge].sum()) / right.size, **settings})
+        for judge, right in found.right.items()]
     if samples is not None:
-        samples[label] = firsts, answers, sure
-    return results, right, in_ball
+        samples[label] = found.examples, found.answers, found.sure
+    return results, found.right, found.in_ball
+
+
+class Found:
+    """What the examples of one attack show, in arrays that `batches` fills again on a resume.
+
+    Args:
+        judges: as make_judges returns them. n: how many examples there are.
+        batch_size, num_draws: see evaluate_attack.
+    """
+
+    def __init__(self, judges, n, batch_size, num_draws):
+        k = min(NUM_SAMPLES, n)
+        self.right = {judge: np.zeros([num_draws if judge[0] in FORMS else 1, n], bool)
+                      for judge in judges}
+        self.xent = {judge: np.zeros(-(-n // batch_size)) for judge in judges}  # a sum a batch
+        self.in_ball, self.l2, self.num_queries = np.zeros(n, bool), np.zeros(n), np.zeros(n)
+        self.seconds = np.zeros([])
+        self.examples = np.zeros([k, 32, 32, 3], np.float32)          # the first k, and under the
+        self.answers = {judge: np.zeros(k, int) for judge in judges}  # first draw what is answered,
+        self.sure = {judge: np.zeros(k) for judge in judges}          # with which probability
+
+    def arrays(self):
+        return [*self.right.values(), *self.xent.values(), self.in_ball, self.l2,
+                self.num_queries, self.seconds, self.examples, *self.answers.values(),
+                *self.sure.values()]
+
+    def measure(self, start, x_nat, x_adv, epsilon):
+        """Measures the perturbations of the examples x_adv [b, 32, 32, 3], from `start` on."""
+        end, change = start + len(x_adv), np.abs(x_adv - x_nat).reshape(len(x_adv), -1)
+        self.in_ball[start:end] = change.max(axis=1) <= epsilon + 1e-4
+        self.l2[start:end] = np.linalg.norm(change / 255, axis=1)
+        keep_first(self.examples, start, x_adv)
+
+    def judge(self, judge, classify, start, batch, x_adv, y):
+        """Has a judge, f(images, query) -> logits, classify the examples from `start` on."""
+        right = self.right[judge]
+        for draw, query in enumerate(queries_of(batch, len(right))):
+            logits = classify(x_adv, query)
+            predicted = np.argmax(logits, 1)
+            right[draw, start:start + len(y)] = predicted == y
+            self.xent[judge][batch] += float(tf.reduce_sum(
+                tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)))
+            if draw == 0:
+                keep_first(self.answers[judge], start, predicted)
+                keep_first(self.sure[judge], start, tf.reduce_max(tf.nn.softmax(logits), axis=1))
+
+
+def keep_first(kept, start, values):
+    """Puts into kept [k] those of the values, from `start` on, that are among the first k."""
+    kept[start:start + len(values)] = values[:max(0, len(kept) - start)]
 
 
 def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1):
@@ -398,7 +428,14 @@ def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1)
         for label, name, judging in rounds_of(attacks, modes)}
 
 
-def worst_cases(right, in_ball, settings, config):
+class Judged(NamedTuple):
+    """An attack's examples, as one inference mode judges them."""
+    right: np.ndarray    # bool [draws, n]
+    in_ball: np.ndarray  # bool [n], within epsilon of their image
+    settings: dict       # what make_attack says of them
+
+
+def worst_cases(judged, config):
     """Returns the results of the worst cases: which test samples survive several attacks.
 
     First over the attacks that were run on all images, and of these over the direct ones and over
@@ -408,38 +445,43 @@ def worst_cases(right, in_ball, settings, config):
     farther off. None where there is a single attack.
 
     Args:
-        right: {attack: {judge: bool [draws, n]}}, which are right. in_ball: {attack: {judge: bool
-            [n]}}, which of the examples that the judge saw lie within epsilon. settings: {attack:
-            {judge: what make_attack says of them}}.
+        judged: {judge: {attack: Judged}}.
     """
-    if len(right) < 2:
+    sizes = {name: len(of_attack.in_ball) for of_judge in judged.values()
+             for name, of_attack in of_judge.items()}
+    if len(sizes) < 2:
         return []
-    sizes = {attack: min(map(len, of_attack.values())) for attack, of_attack in in_ball.items()}
-    most, fewest = max(sizes.values()), min(sizes.values())
-    rows = {name: [] for name in (WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW,
-                                  WORST_CASE)}
-    for judge in dict.fromkeys(judge for of_attack in right.values() for judge in of_attack):
-        run = [a for a in right if judge in right[a]]
-        on_all = [a for a in run if sizes[a] == most]
-        direct = [a for a in on_all if doubts.is_direct(a, settings[a][judge], judge[0])]
-        transferred = [a for a in on_all if doubts.is_transferred(a, settings[a][judge], judge[0])]
-        chosen = {WORST_IN_BALL: on_all, WORST_CASE: run}
-        if direct and transferred:  # `clean` is neither, and in both: what is wrong stays wrong
-            chosen |= {WORST_DIRECT: [a for a in on_all if a not in transferred],
-                       WORST_TRANSFERRED: [a for a in on_all if a not in direct]}
-        if fewest < most:
-            chosen[WORST_OF_SLOW] = run
-        for name, attacks in chosen.items():
-            n = fewest if name in (WORST_OF_SLOW, WORST_CASE) else most
-            ball = {'epsilon': config['epsilon']} if name != WORST_CASE else {}
-            if set(attacks) - {'clean'}:
-                survive = [right[a][judge][:, :n] | (bool(ball) & ~in_ball[a][judge][:n])
-                           for a in attacks]
-                rows[name].append(cell(name, judge, np.all(survive, axis=0), config, {
-                    'attacks': attacks, **ball, 'attack_settings': {
-                        a: {k: v for k, v in settings[a][judge].items() if k != 'library'}
-                        for a in attacks}}))
-    return [result for of_name in rows.values() for result in of_name]
+    results = [result for judge, of_judge in judged.items() for result in worst_under(
+        judge, of_judge, max(sizes.values()), min(sizes.values()), config)]
+    return sorted(results, key=lambda result: WORST.index(result['attack']))
+
+
+def worst_under(judge, judged, most, fewest, config):
+    """Yields the results of the worst cases under one judge, see worst_cases.
+
+    Args:
+        judged: {attack: Judged}. most, fewest: on how many images the attacks were run.
+    """
+    on_all = [name for name in judged if len(judged[name].in_ball) == most]
+    direct = [name for name in on_all if doubts.is_direct(name, judged[name].settings, judge[0])]
+    transferred = [name for name in on_all
+                   if doubts.is_transferred(name, judged[name].settings, judge[0])]
+    rows = [(WORST_IN_BALL, on_all, most), (WORST_CASE, [*judged], fewest)]
+    if direct and transferred:  # `clean` is neither, and in both: what is wrong stays wrong
+        rows += [(WORST_DIRECT, [name for name in on_all if name not in transferred], most),
+                 (WORST_TRANSFERRED, [name for name in on_all if name not in direct], most)]
+    if fewest < most:
+        rows.append((WORST_OF_SLOW, [*judged], fewest))
+    for worst, names, n in rows:
+        if not set(names) - {'clean'}:
+            continue
+        ball = {} if worst == WORST_CASE else {'epsilon': config['epsilon']}
+        survive = [judged[name].right[:, :n] | (bool(ball) & ~judged[name].in_ball[:n])
+                   for name in names]
+        settings = {name: {key: value for key, value in judged[name].settings.items()
+                           if key != 'library'} for name in names}
+        yield cell(worst, judge, np.all(survive, axis=0), config,
+                   {'attacks': names, **ball, 'attack_settings': settings})
 
 
 def cell(name, judge, right, config, settings):
@@ -472,9 +514,9 @@ def as_digits(flags):
     return ''.join(map(str, flags.astype(int)))
 
 
-def wilson_interval(num_correct, n, z=1.959964):
+def wilson_interval(num_correct, n):
     """Returns the 95% Wilson score interval (low, high) of a share of num_correct in n."""
-    share = num_correct / n
+    share, z = num_correct / n, 1.959964
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return max(0., centre - half), min(1., centre + half)

@@ -106,8 +106,7 @@ class LinfPGDAttack:
         """Returns where the attack starts, [b, 32, 32, 3]."""
         if not self.rand:
             return x_nat
-        noise = 2. ** -31 * tf.cast(random_bits(x_nat, seed), tf.float32)  # uniform in [-1, 1]
-        return self.project(x_nat + self.epsilon * noise, x_nat)
+        return self.project(x_nat + self.epsilon * uniform_noise(x_nat, seed), x_nat)
 
     def ascend(self, x, x_nat, y, tail=None, *given):
         """Returns the batch after num_steps steps from x; to be called within a tf.function.
@@ -189,6 +188,11 @@ def random_bits(like, seed):
     Random floats are made of these: XLA makes other floats of one seed than the standard kernels.
     """
     return tf.random.stateless_uniform(tf.shape(like), seed, None, None, tf.int32, alg='philox')
+
+
+def uniform_noise(like, seed):
+    """Returns float32s, uniform in [-1, 1], in the shape of `like`, derived from the seed."""
+    return 2. ** -31 * tf.cast(random_bits(like, seed), tf.float32)
 
 
 def perturbation_fault(x_nat, x_adv, epsilon, slack=1e-4):

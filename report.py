@@ -315,7 +315,8 @@ def write_summaries(results, samples, data, step, config, usual):
                 tf.summary.scalar(tag.format('accuracy'), r['accuracy'], step)
                 tf.summary.scalar(tag.format('xent'), r['xent'], step)
     for label, (x_adv, answers, _) in samples.items():
-        row = next(r for r in results if r['attack'] == label.split()[0])
+        row = next(r for r in results
+                   if label in (r['attack'], f'{r["attack"]} through {r["inference"]}'))
         tag = f'{label} eval' + tag_settings(row, config, usual)
         tf.summary.image(f'images {tag}', panels(data.eval_data.xs, x_adv) / 255, step,
                          max_outputs=len(x_adv), description=
@@ -360,7 +361,7 @@ def panels(images, x_adv):
 
 def pyplot():
     """Returns matplotlib's pyplot, which draws to files. Raises UserError: it is not installed."""
-    matplotlib = optional('matplotlib', '--pictures needs matplotlib')
+    matplotlib = optional('matplotlib', 'pictures need matplotlib')
     matplotlib.use('Agg')
     from matplotlib import pyplot
     return pyplot
@@ -400,7 +401,7 @@ def gallery(images, labels, names, samples, title):
     """
     plt, nothing = pyplot(), (None, {}, {})
     attacks = [name for name in samples if name != 'clean']
-    k, columns = len(next(iter(samples.values()))[0]), 1 + 2 * len(attacks)
+    k, columns = min(len(x_adv) for x_adv, _, _ in samples.values()), 1 + 2 * len(attacks)
     num_lines = 1 + max(len(answers) for _, answers, _ in samples.values())
     figure, axes = plt.subplots(k, columns, squeeze=False, figsize=(
         max(1.5 * columns, 4), k * (1.3 + 0.13 * num_lines) + 0.8), layout='constrained')

@@ -42,6 +42,7 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
 import running.quiet  # noqa: F401
 import tensorflow as tf
 
+from attacks import check_names
 from cifar10_input import eval_examples, load_data
 from paper import plots
 from paper.cells import Evaluations, StoredEvaluations, networks
@@ -106,6 +107,7 @@ def read_config(stored):
     if config['training_mode'] != NORM_SHAPING or config['adversary'] != 'pgd':
         raise UserError(f'training_mode must be {NORM_SHAPING} and adversary pgd, as the tables '
                         f'vary them, got {config["training_mode"]} and {config["adversary"]}')
+    check_names(config)
     return config
 
 

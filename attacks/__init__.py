@@ -11,9 +11,9 @@ import importlib
 
 from running import UserError
 
-# name: file.maker; a maker is f(model, data, config, num_draws) -> (attack, settings), see
-# make_attack; of those in DIRECT, f(inference, data, config, num_draws). The files are imported
-# when they are used: the names are known before TensorFlow is.
+# name: file.maker; a maker is f(model, data, config) -> (attack, settings), see make_attack; of
+# those in DIRECT, f(inference, data, config, num_draws). The files are imported when they are used:
+# the names are known before TensorFlow is.
 ATTACKS = {
     'clean': 'gradient.clean',                   # changes nothing
     'fgsm': 'gradient.fgsm',                     # one step of fgsm_epsilon (16, the paper's), PN
@@ -51,13 +51,13 @@ def make_attack(name, model, data, config, num_draws=1, inference=None):
     Args:
         name: a key of ATTACKS.
         data: a CIFAR10Data. config: the configuration.
-        num_draws: under how many draws each batch will be classified.
+        num_draws: under how many draws each batch will be classified; direct attacks know them.
         inference: what a direct attack goes through, a shaping.Inference. Default: bn_shaping.
     """
     file, maker = ATTACKS[name].split('.')
     module = importlib.import_module(f'attacks.{file}')
     if name not in DIRECT:
-        return getattr(module, maker)(model, data, config, num_draws)
+        return getattr(module, maker)(model, data, config)
     if inference is None:
         from shaping import make_inference  # not above: it imports TensorFlow
         inference = make_inference(model, 'bn_shaping', data, config)

@@ -239,9 +239,9 @@ def per_sample(values):
 # ---- the attacks
 
 
-def apgd(model, data, config, num_draws):
+def apgd(model, data, config):
     """Returns Auto-PGD of apgd_num_steps steps with population norms; see attacks.make_attack."""
-    return adaptive(Inference(model, 'pn'), data, config, num_draws)
+    return adaptive(Inference(model, 'pn'), data, config, 1)
 
 
 def adaptive(inference, data, config, num_draws):
@@ -362,8 +362,10 @@ def apgd_eot(inference, data, config, num_draws):
     loss_funcs = [f for f in loss_funcs_for(data.num_classes) if not f.startswith('targeted')]
     settings = {**apgd_settings(data, config), 'loss_func': '+'.join(loss_funcs)}
     attack = make_apgd(inference, data, config, NUM_KEPT if inference.draws else 1)
-    eot_draws = {'eot_draws': config['eot_draws']} if inference.draws else {}
-    steps, draws = (settings['num_steps'] + 1, *eot_draws.values()) if eot_draws else (1, 1)
+    steps, draws, eot_draws = 1, 1, {}
+    if inference.draws:
+        steps, draws = attack.num_steps + 1, config['eot_draws']
+        eot_draws = {'eot_draws': draws}
 
     def perturb(start, end):
         # None of the attacker's own draws is the defender's

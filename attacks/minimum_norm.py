@@ -9,12 +9,12 @@ CLEVERHANS_CW = {'binary_search_steps': 5, 'num_steps': 1000, 'learning_rate': 5
 CLEVERHANS_DEEPFOOL = {'num_steps': 50, 'candidates': 10, 'overshoot': 0.02}
 
 
-def cw(model, data, config, num_draws):
+def cw(model, data, config):
     """Returns Carlini & Wagner's L2 attack; see minimum_norm_attack, attacks.make_attack."""
     return minimum_norm_attack('cw', model, *eval_examples(data, config))
 
 
-def deepfool(model, data, config, num_draws):
+def deepfool(model, data, config):
     """Returns the L2 attack DeepFool; see minimum_norm_attack, attacks.make_attack."""
     return minimum_norm_attack('deepfool', model, *eval_examples(data, config))
 

@@ -3,12 +3,12 @@ import numpy as np
 import tensorflow as tf
 
 from cifar10_input import eval_examples
-from pgd_attack import random_bits
+from pgd_attack import uniform_noise
 
 RANDOM_DRAWS = 1000
 
 
-def random_search(model, data, config, num_draws):
+def random_search(model, data, config):
     """Returns the strongest of RANDOM_DRAWS uniform perturbations; see attacks.make_attack.
 
     'Strongest' is the largest cross-entropy with population norms.
@@ -20,7 +20,7 @@ def random_search(model, data, config, num_draws):
     def strongest(x_nat, y, seed):
         best, best_loss = x_nat, tf.fill([len(x_nat)], -np.inf)
         for draw in tf.range(RANDOM_DRAWS):
-            noise = 2. ** -31 * tf.cast(random_bits(x_nat, seed + [0, draw]), tf.float32)
+            noise = uniform_noise(x_nat, seed + [0, draw])
             x = tf.clip_by_value(x_nat + epsilon * noise, 0., 255.)
             loss = tf.nn.sparse_softmax_cross_entropy_with_logits(y, model(x, training=False))
             better = loss > best_loss

@@ -8,14 +8,14 @@ from pgd_attack import LinfPGDAttack, pgd_settings
 from running import UserError
 
 
-def shaping(model, data, config, num_draws):
+def shaping(model, data, config):
     """Returns PGD with batch norms on batches of test samples; see attacks.make_attack.
 
     In each batch, unchanged : attacked test samples are shaping_ratio : 1. A batch of
     eval_batch_size is attacked in shaping_ratio + 1 passes, another share of it each time, so that
     over the run every sample is attacked once and unchanged in the other passes. A last batch that
-    is not full is filled up with the first test samples, which take their turn to keep the ratio
-    and are then dropped.
+    is not full is filled up with the samples that follow, from the first again after the last. They
+    take their turn to keep the ratio and are then dropped.
 
     Raises:
         UserError: eval_batch_size cannot be divided at the ratio.

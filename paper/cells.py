@@ -8,7 +8,7 @@ import numpy as np
 
 from config import relevant
 from attacks import DIRECT, make_attack, num_examples
-from eval import as_digits, evaluate_attack, make_judges, worst_cases
+from eval import Judged, as_digits, evaluate_attack, make_judges, worst_cases
 from model import build_model
 from paper.population_norms import NUM_BATCHES, set_population_norms
 from paper.published import DEFAULT, INFERENCES, PAPER_ATTACKS, SHAPED
@@ -140,7 +140,7 @@ class Evaluations:
             model, data = self.load(), self.data
             if source is not None:
                 config['transfer_from'] = source.checkpoint
-            set_population_norms(model, data, config, norms)
+            set_population_norms(model, data, self.config, norms)
             judges = make_judges(model, data, config, inferences, ratios)
             attack = make_attack(name, model, data, config, num_draws,
                                  next(iter(judges.values())))
@@ -163,7 +163,7 @@ class Evaluations:
         return JUDGES
 
     def if_kept(self, get, *args, **settings):
-        """Returns get(*args, **settings), a method of this object, or None where nothing is kept.
+        """Returns get(*args, **settings), or None where that is not kept.
 
         Here whatever is missing is computed.
         """
@@ -220,48 +220,6 @@ class StoredEvaluations(Evaluations):
                                 'of one: remove the others')
             self.kept[key] = evaluation
 
-    def attack(self, name, inferences=JUDGES, ratios=None, norms='trained', num_draws=None,
-               source=None, **settings):
-        """Returns the evaluation under one attack that is kept.
-
-        Older folders hold no results under bn_recorded, and direct attacks made once, through
-        bn_shaping, and judged by all modes: their results say which norms they went through.
-        """
-        try:
-            return super().attack(name, inferences, ratios, norms, num_draws, source, **settings)
-        except UserError:
-            if name not in DIRECT and inferences != JUDGES:
-                raise
-        try:
-            return super().attack(name, INFERENCES, ratios, norms, num_draws, source, **settings)
-        except UserError:
-            return self.judged(name, INFERENCES, ratios, norms, 1, source, **settings)
-
-    def judged(self, name, inferences, ratios, norms, num_draws, source=None, **settings):
-        """Returns the evaluation under one attack that is kept; see attack.
-
-        Older folders hold the examples classified under a single draw.
-        """
-        try:
-            return super().judged(name, inferences, ratios, norms, num_draws, source, **settings)
-        except UserError:
-            if num_draws == 1:
-                raise
-            return super().judged(name, inferences, ratios, norms, 1, source, **settings)
-
-    def experiment(self, measure, identity, summarize, **settings):
-        """Returns the evaluation by an in-text experiment that is kept.
-
-        Older folders hold summaries alone, whose identity has no `kept`.
-        """
-        try:
-            return super().experiment(measure, identity, summarize)
-        except UserError:
-            if 'kept' not in identity:
-                raise
-            older = {key: value for key, value in identity.items() if key != 'kept'}
-            return super().experiment(measure, older, summarize)
-
     def has(self, name=None):
         return any(name in (None, json.loads(key)[1]) for key in self.kept)
 
@@ -271,15 +229,16 @@ class StoredEvaluations(Evaluations):
                     if isinstance(identity, dict)), default=0)
 
     def judges_of(self, name):
-        """Returns those of JUDGES that an attack is kept under; all where it was made once."""
-        return name in DIRECT and tuple(
-            judge for judge in JUDGES
-            if self.if_kept(self.judged, name, (judge,), None, 'trained', 1)) or JUDGES
+        """Returns those of JUDGES that a direct attack is kept under; all for one made once."""
+        if name not in DIRECT:
+            return JUDGES
+        kept = tuple(judge for judge in JUDGES if self.if_kept(self.attack, name, (judge,)))
+        return kept or JUDGES  # none: the one who asks is told what is missing
 
     def if_kept(self, get, *args, **settings):
         try:
             return get(*args, **settings)
-        except UserError:  # an older folder, say
+        except UserError:
             return None
 
     def get(self, what, identity, compute, other_digests=()):
@@ -337,14 +296,11 @@ def worst_cases_of(by_attack, config):
     judges = [judge for judge in JUDGES if all(
         judge in judged[attack] for attack in by_attack if sizes[attack] == max(sizes.values()))]
 
-    def of_each(value):
-        return {attack: {(judge, None): value(evaluation, judge)
-                         for judge in judges if judge in judged[attack]}
-                for attack, evaluation in by_attack.items() if set(judges) & set(judged[attack])}
-
-    return worst_cases(of_each(lambda evaluation, judge: right_of(evaluation, judge)[None]),
-                       of_each(lambda evaluation, _: from_digits(evaluation['in_ball'])),
-                       of_each(result_of), config)
+    return worst_cases({(judge, None): {
+        attack: Judged(right_of(evaluation, judge)[None], from_digits(evaluation['in_ball']),
+                       result_of(evaluation, judge))
+        for attack, evaluation in by_attack.items() if judge in judged[attack]}
+        for judge in judges}, config)
 
 
 # ---- what an evaluation says
@@ -385,7 +341,7 @@ def right_of(evaluation, inference, ratio=None):
 def right_in_draws(evaluation, inference, ratio=None):
     """Returns which examples an inference mode classified right, under each draw: bool [draws, n].
 
-    What draws nothing, and what was kept before there were several draws, has one.
+    What draws nothing, and what was judged under a single draw, has one.
     """
     place = _place(evaluation, inference, ratio)
     others = evaluation.get('right_in_other_draws')

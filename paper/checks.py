@@ -8,7 +8,7 @@ from attacks import DIRECT
 from attacks.random_search import RANDOM_DRAWS
 from cifar10_input import eval_examples
 from config import relevant
-from doubts import Probe, chance, doubled, fewer, is_direct
+from doubts import Probe, chance, doubled, fewer
 from eval import lost_iterates, make_judges, run_direct
 from paper import formats
 from paper.cells import JUDGES, SLOW_ATTACKS, result_of, right_of
@@ -129,8 +129,7 @@ def direct_checks(name, of_training, inference):
     if inference == 'pn':  # there, they are the same
         return []
     direct = of_training.if_kept(of_training.attack, 'adaptive_pgd', (inference,))
-    if not direct or not any(is_direct('adaptive_pgd', result, inference)
-                             for result in direct['results']):  # an older folder's
+    if direct is None:
         return []
     return [compared(name, f'`adaptive_pgd` under `{inference}` is as strong as `pgd`, transferred',
                      direct, of_training.attack('pgd'), inference)]
@@ -190,11 +189,11 @@ def epsilons_of(attack, config):
 def indicators(model, data, config, inference, n):
     """Returns what is kept of the indicators that need no comparison of two attacks, a dict.
 
-    'zero_gradients', 'random_answers': shares of n images, see doubts.Probe.
+    'zero_gradients': a share of n images, see doubts.Probe.
     'lost_iterates': {epsilon: share of the images that adaptive_pgd fooled, but not at its end}.
     """
     (judge, of_mode), = make_judges(model, data, config, [inference]).items()
-    config = {**config, 'num_eval_examples': n}
+    config = {**config, 'num_eval_examples': n, 'num_attack_examples': {}}
     probe, lost = Probe(of_mode, *eval_examples(data, config)), {}
     for epsilon in EPSILONS:
         of_epsilon = {**config, **at_epsilon(epsilon)}
@@ -204,8 +203,7 @@ def indicators(model, data, config, inference, n):
                               of_mode)
 
         lost[str(epsilon)] = float(np.mean(lost_iterates(again, again({}), of_epsilon)))
-    return {'zero_gradients': probe.zero_gradients, 'random_answers': probe.random_answers,
-            'lost_iterates': lost}
+    return {'zero_gradients': probe.zero_gradients, 'lost_iterates': lost}
 
 
 def sweep_checks(name, of_training, attack, inference, config):

@@ -43,18 +43,14 @@ class Missing:
     def __getitem__(self, key):
         raise NotYet
 
-    get = __getitem__
-
 
 class Asked(Evaluations):
-    """The evaluations of one training, of which at most one is computed here.
+    """The evaluations of one training, of which at most one is computed here: `wanted`.
 
-    Args:
-        wanted: None, or (path of the evaluation to compute, shard or None). What else is missing
-            is noted: `asked` is {path: its shards, [] where it is small}.
+    What else is missing is noted: `asked` is {path: its shards, [] where it is small}.
     """
 
-    wanted = None
+    wanted = None  # or (path of the evaluation to compute, shard or None)
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -170,6 +166,80 @@ def compute(tables, trainings, config, options, data, address, resources):
         UserError: Ray is not installed or not there; a task failed, or its workers were lost
             RETRIES times.
     """
+    ray = connect(address, resources)
+    tasks, of_data = Tasks(ray, resources), (data, data_digest(data))
+    evaluations, tables = Trained(), dict(tables)
+    try:
+        while True:
+            begin_trainings(tasks, trainings, evaluations, config, options, of_data)
+            begin_cells(tasks, tables, evaluations, config)
+            if not tasks.running:
+                return
+            tasks.wait()
+    finally:
+        ray.shutdown()
+
+
+class Tasks:
+    """Ray's tasks by their labels: those begun, those that run, those that ended.
+
+    Args:
+        ray: the package, connected. resources: of a task.
+    """
+
+    def __init__(self, ray, resources):
+        self.ray, self.resources, self.folder = ray, resources, os.getcwd()
+        self.running, self.begun, self.ended = {}, set(), set()  # {Ray's reference: label}; labels
+
+    def begin(self, label, task, *args):
+        """Begins a task, unless it was begun before."""
+        if label not in self.begun:
+            self.begun.add(label)
+            remote = self.ray.remote(max_retries=RETRIES, **self.resources)(task)
+            self.running[remote.remote(self.folder, *args)] = label
+
+    def wait(self):
+        """Waits until one has ended. Raises UserError: it failed, or its workers were lost."""
+        (done, *_), _ = self.ray.wait(list(self.running))
+        label = self.running.pop(done)
+        try:
+            fault = self.ray.get(done)
+        except self.ray.exceptions.RayError as error:
+            fault = f'{brief(error)}; the same command goes on from what is kept'
+        if fault:
+            raise UserError(f'{label}: {fault}')
+        self.ended.add(label)
+        print(f'{len(self.ended)} of {len(self.begun)} tasks that are known so far are done: '
+              f'{label}', flush=True)
+
+
+def begin_trainings(tasks, trainings, evaluations, config, options, of_data):
+    """Begins the trainings that are missing; adds those that are done to the evaluations.
+
+    Args:
+        of_data: (data, its digest).
+    """
+    for name, of_training in trainings.items():
+        if name in evaluations or f'training {name}' in tasks.begun - tasks.ended:
+            continue
+        if is_trained(of_training):
+            evaluations[name] = Asked(name, of_training, *of_data, None,
+                                      os.path.join(config['model_dir'], 'cells'))
+        else:
+            tasks.begin(f'training {name}', train_task, name, of_training, config, options)
+
+
+def begin_cells(tasks, tables, evaluations, config):
+    """Begins the cells that are missing: their shards first; when these are done, the whole."""
+    for path, (table, parts) in lacking(tables, config, evaluations).items():
+        if all(label_of(path, shard) in tasks.ended for shard in parts):
+            parts = [None]
+        for shard in parts:
+            tasks.begin(label_of(path, shard), cell_task, table, config, path, shard)
+
+
+def connect(address, resources):
+    """Returns the package Ray, connected. Raises UserError: it is not there, or has too little."""
     ray = optional('ray', '--ray needs Ray', '-r requirements-cluster.txt')
     check_address(address)
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # Ray asks for a choice
@@ -183,45 +253,7 @@ def compute(tables, trainings, config, options, data, address, resources):
         asked, most = resources[f'num_{name.lower()}s'], there.get(name, 0)
         if asked > most:
             raise UserError(f'--{flag} must be at most {most:g}, what Ray has, got {asked:g}')
-    digest, folder = data_digest(data), os.getcwd()
-    running, begun, ended = {}, set(), set()  # {Ray's reference: the task's label}; labels
-    evaluations, tables = Trained(), dict(tables)
-
-    def begin(label, task, *args):
-        if label not in begun:
-            begun.add(label)
-            remote = ray.remote(max_retries=RETRIES, **resources)(task)
-            running[remote.remote(folder, *args)] = label
-
-    try:
-        while True:
-            for name, of_training in trainings.items():
-                if name not in evaluations and f'training {name}' not in begun - ended:
-                    if is_trained(of_training):
-                        evaluations[name] = Asked(name, of_training, data, digest, None,
-                                                  os.path.join(config['model_dir'], 'cells'))
-                    else:
-                        begin(f'training {name}', train_task, name, of_training, config, options)
-            for path, (table, parts) in lacking(tables, config, evaluations).items():
-                if all(label_of(path, shard) in ended for shard in parts):
-                    parts = [None]
-                for shard in parts:
-                    begin(label_of(path, shard), cell_task, table, config, path, shard)
-            if not running:
-                return
-            (done, *_), _ = ray.wait(list(running))
-            label = running.pop(done)
-            try:
-                fault = ray.get(done)
-            except ray.exceptions.RayError as error:
-                fault = f'{brief(error)}; the same command goes on from what is kept'
-            if fault:
-                raise UserError(f'{label}: {fault}')
-            ended.add(label)
-            print(f'{len(ended)} of {len(begun)} tasks that are known so far are done: {label}',
-                  flush=True)
-    finally:
-        ray.shutdown()
+    return ray
 
 
 def check_address(address):

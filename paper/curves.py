@@ -33,9 +33,8 @@ def read_log(folder):
         for line in lines:
             for key in VALUES:
                 if line.get(key) is not None:
-                    found[key].append([int(line.get('step', line.get('checkpoint'))),
-                                       float(line[key])])
-    except (ValueError, TypeError, AttributeError, RecursionError):
+                    found[key].append([int(line['step']), float(line[key])])
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{path} is damaged; expected a JSON object a line') from None
     return found
 

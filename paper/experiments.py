@@ -6,7 +6,6 @@ which is where the paper's confoundings come from. All are over the same trainin
 of training_batch_size, unaugmented.
 """
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +15,7 @@ import tensorflow as tf
 from paper.claims import verdict
 from paper.intervals import bootstrap, excess
 from paper.population_norms import batch_statistics, population_norms
-from paper.published import ADV_ONLY, NORM_SHAPING, PAPER_EXCESS, Training
+from paper.published import DEFAULT, PAPER_EXCESS, SHAPED
 from paper.trainings import name_of
 from pgd_attack import LinfPGDAttack
 from running import UserError
@@ -165,14 +164,6 @@ def norm_shifts(model, data, config, kept=None):
 # ---- what is shown
 
 
-class Excess(NamedTuple):
-    """How much larger one size is than another, on average: a row of the table."""
-    what: str
-    training: str        # its name
-    ours: dict           # as excesses_of or an older version made it
-    paper: float | None  # the paper's number
-
-
 def excesses_of(sizes, pairs, batch_size):
     """Returns {name: what is kept of a pair of sizes}: how many, and the means of each batch.
 
@@ -184,9 +175,9 @@ def excesses_of(sizes, pairs, batch_size):
         for name, (a, b) in pairs.items()}
 
 
-def excesses(config, evaluations):
-    """Returns the paper's three in-text experiments, a list of Excess."""
-    default, shaped = (name_of(Training('pgd', mode), config) for mode in (ADV_ONLY, NORM_SHAPING))
+def excess_rows(config, evaluations):
+    """Returns the paper's three in-text experiments, beside the paper's numbers."""
+    default, shaped = name_of(DEFAULT, config), name_of(SHAPED, config)
 
     def found(name, measure, pairs):
         of_training = evaluations[name]
@@ -194,42 +185,31 @@ def excesses(config, evaluations):
         return of_training.experiment(measure, identity, partial(
             excesses_of, pairs=pairs, batch_size=of_training.config['training_batch_size']))
 
-    rows = []
     errors = found(default, logit_errors, LOGIT_ERRORS)
-    for norms in LOGIT_ERRORS:
-        rows.append(Excess('logit errors of FGSM examples, clean over adversarial batch norms; the '
-                           f'clean version under {norms}', default, errors[norms],
-                           PAPER_EXCESS['logit_errors']))
+    rows = [excess_row(f'logit errors of FGSM examples, clean over adversarial batch norms; the '
+                       f'clean version under {norms}', default, errors[norms],
+                       PAPER_EXCESS['logit_errors']) for norms in LOGIT_ERRORS]
     for name in (default, shaped):
         sizes = found(name, perturbation_sizes, PERTURBATION_SIZES)
-        rows.append(Excess("size of PGD's perturbations, population norms over batch norms", name,
-                           sizes['pn'], PAPER_EXCESS['pn'] if name == default else None))
-        rows.append(Excess("size of PGD's perturbations, norm shaping over batch norms", name,
-                           sizes['shaping'], PAPER_EXCESS['shaping']))
+        rows += [excess_row("size of PGD's perturbations, population norms over batch norms", name,
+                            sizes['pn'], PAPER_EXCESS['pn'] if name == default else None),
+                 excess_row("size of PGD's perturbations, norm shaping over batch norms", name,
+                            sizes['shaping'], PAPER_EXCESS['shaping'])]
     return rows
 
 
-def excess_rows(config, evaluations):
-    """Returns the paper's three in-text experiments, beside the paper's numbers."""
-    rows = []
-    for row in excesses(config, evaluations):
-        value, (low, high), (a, b), mark = shown(row.ours)
-        rows.append([row.what, f'`{row.training}`',
-                     f'{100 * value:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]{mark}',
-                     f'{a:.4f} / {b:.4f}', f'{100 * row.paper:+.0f}%' if row.paper else '',
-                     verdict((row.paper, row.paper), (low, high)) if row.paper else ''])
-    return rows
+def excess_row(what, name, kept, paper):
+    """Returns a row: how much larger one size is than another, on average.
 
-
-def shown(kept):
-    """Returns (excess, its interval, the two means, a mark) of what is kept of a pair of sizes.
-
-    Older versions kept no batch means, but the interval of a bootstrap over single images: marked.
+    Args:
+        what: the two sizes, in words. name: of the training. kept: as excesses_of returns it.
+        paper: the paper's number, or None.
     """
-    if 'batch_means' not in kept:
-        return kept['excess'], kept['interval'], kept['means'], ' (by images)'
     a, b = map(np.array, kept['batch_means'])
-    return *excess(a, b), (a.mean(), b.mean()), ''
+    value, (low, high) = excess(a, b)
+    return [what, f'`{name}`', f'{100 * value:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]',
+            f'{a.mean():.4f} / {b.mean():.4f}', f'{100 * paper:+.0f}%' if paper else '',
+            verdict((paper, paper), (low, high)) if paper else '']
 
 
 def mean_shifts(shifts):
@@ -241,8 +221,8 @@ def mean_shifts(shifts):
 def shift_rows(config, evaluations):
     """Returns how far an attack moves the batch norms; see norm_shifts."""
     rows = []
-    for mode in (ADV_ONLY, NORM_SHAPING):
-        name = name_of(Training('pgd', mode), config)
+    for training in (DEFAULT, SHAPED):
+        name = name_of(training, config)
         found = evaluations[name].experiment(norm_shifts, relevant(config), mean_shifts)
         for other, label in (('all', 'PGD on all samples'), ('tail', 'PGD on the tail'),
                              ('another', 'none, but another clean batch')):

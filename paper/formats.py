@@ -32,6 +32,19 @@ def difference(value, interval):
     return f'{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]'
 
 
+def against(ours, theirs):
+    """Returns two cells: how far clean and robust accuracy are from the default's, in points.
+
+    Args:
+        ours, theirs: (clean, robust), which samples were right, as paired_difference takes them;
+            theirs is None where the default is not stored. Both cells are '' then, and in the
+            default's own row.
+    """
+    if theirs is None or theirs is ours:
+        return ['', '']
+    return [difference(*paired_difference(*both)) for both in zip(ours, theirs)]
+
+
 def pn_and_shaping(evaluation, n):
     """Returns three cells: accuracy judged by pn, by bn_shaping, and their difference.
 

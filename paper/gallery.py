@@ -29,7 +29,8 @@ def gallery(model, data, config, kept=None):
         'examples' {label: ...}, rounded to whole pixels, in base64; 'answers' {label: {mode: [class
         ...]}}, 'probabilities' likewise.
     """
-    config, samples = {**config, 'num_eval_examples': config['eval_batch_size']}, {}
+    config = {**config, 'num_eval_examples': config['eval_batch_size'], 'num_attack_examples': {}}
+    samples = {}
     evaluate(model, data, config, ATTACKS, JUDGES, samples=samples)
     k = len(samples['clean'][0])
     return {

@@ -4,7 +4,6 @@ import numpy as np
 from eval import wilson_interval
 from paper import formats
 from paper.cells import result_of, right_of
-from paper.intervals import paired_difference
 from paper.published import ADV_ONLY, DEFAULT, MODES, NATURAL, PAPER_TABLES, SHAPED, Training
 from paper.trainings import name_of
 from running import UserError
@@ -36,17 +35,17 @@ def headline_rows(config, evaluations):
         if None in of_attacks:
             continue
         results = [result_of(evaluation, inference) for evaluation in of_attacks]
-        clean, robust = right_of(of_attacks[0], inference), survivors(of_attacks, inference)
+        robust = survivors(of_attacks, inference)
+        ours = right_of(of_attacks[0], inference), robust
         n = max(result['num_examples'] for result in results)
         if (training.mode, inference) == (ADV_ONLY, 'pn'):
-            of_default[training.adversary, training.seed] = clean, robust
-        theirs = of_default.get((training.adversary, training.seed))
-        differences = [''] * 2 if theirs is None or theirs[1] is robust else [
-            formats.difference(*paired_difference(*both)) for both in zip((clean, robust), theirs)]
+            of_default[training.adversary, training.seed] = ours
+        few = f' (n = {len(robust)})' if len(robust) < n else ''
         rows.append([f'`{name_of(training, config)}`', f'`{inference}`', n,
                      *(formats.accuracy(result, n) for result in results),
-                     formats.share(robust.mean(), wilson_interval(robust.sum(), len(robust))),
-                     formats.accuracy(result_of(full, inference)) if full else '', *differences])
+                     formats.share(robust.mean(), wilson_interval(robust.sum(), len(robust))) + few,
+                     formats.accuracy(result_of(full, inference)) if full else '',
+                     *formats.against(ours, of_default.get((training.adversary, training.seed)))])
     if not rows:
         raise UserError('no accuracy on all test images is stored')
     return rows

@@ -3,10 +3,12 @@ import math
 
 import numpy as np
 
-FEW_PAIRS = 25  # with fewer pairs that disagree, an interval is exact, not a normal approximation
+Z = 1.959964     # of a normal distribution, 95% lie within
+FEW_PAIRS = 25   # with fewer pairs that disagree, an interval is exact, not a normal approximation
+NUM_RESAMPLES, SEED = 2000, 0  # of a bootstrap
 
 
-def paired_difference(a, b, z=1.959964):
+def paired_difference(a, b):
     """Returns the accuracy of a less that of b and its 95% interval, (difference, [low, high]).
 
     Pairs that agree say nothing about the difference, so the interval is narrower than that of two
@@ -31,7 +33,7 @@ def paired_difference(a, b, z=1.959964):
         return over_draws(difference)
     n, total, disagree = difference.size, int(difference.sum()), int(np.abs(difference).sum())
     centre = total / (n + 2)
-    half = z * ((disagree + 1) - total ** 2 / (n + 2)) ** 0.5 / (n + 2)
+    half = Z * ((disagree + 1) - total ** 2 / (n + 2)) ** 0.5 / (n + 2)
     return total / n, [max(-1., centre - half), min(1., centre + half)]
 
 
@@ -75,19 +77,19 @@ def _solve(falling):
     return (low + high) / 2
 
 
-def over_draws(values, num_resamples=2000, seed=0):
+def over_draws(values):
     """Returns the mean of values [draws, n] and its 95% interval by bootstrap, (mean, [low, high]).
 
     Draws and samples are resampled, each with replacement: both are part of the uncertainty (the
     pigeonhole bootstrap; Owen, 2007).
     """
-    rng, (draws, n) = np.random.default_rng(seed), values.shape
+    rng, (draws, n) = np.random.default_rng(SEED), values.shape
     means = [values[rng.integers(0, draws, draws)].mean(axis=0)[rng.integers(0, n, n)].mean()
-             for _ in range(num_resamples)]
+             for _ in range(NUM_RESAMPLES)]
     return float(values.mean()), np.percentile(means, [2.5, 97.5]).tolist()
 
 
-def excess(a, b, num_resamples=2000, seed=0):
+def excess(a, b):
     """Returns how much larger a is than b on average, and its 95% interval by bootstrap.
 
     Args:
@@ -97,16 +99,15 @@ def excess(a, b, num_resamples=2000, seed=0):
     Returns:
         (mean(a) / mean(b) - 1, [low, high])
     """
-    return bootstrap(lambda chosen: a[chosen].mean() / b[chosen].mean() - 1, len(a), num_resamples,
-                     seed)
+    return bootstrap(lambda chosen: a[chosen].mean() / b[chosen].mean() - 1, len(a))
 
 
-def bootstrap(statistic, n, num_resamples=2000, seed=0):
+def bootstrap(statistic, n):
     """Returns a statistic of n samples and its 95% interval by bootstrap, (value, [low, high]).
 
     Args:
         statistic: f(indices [n] of samples) -> a number.
     """
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(0, n, n)) for _ in range(num_resamples)]
+    rng = np.random.default_rng(SEED)
+    values = [statistic(rng.integers(0, n, n)) for _ in range(NUM_RESAMPLES)]
     return float(statistic(np.arange(n))), np.percentile(values, [2.5, 97.5]).tolist()

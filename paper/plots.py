@@ -12,22 +12,10 @@ from paper.published import (ADV_ONLY, DEFAULT, INFERENCE_RATIOS, INFERENCES, MO
                              PAPER_RATIOS, PAPER_TABLES, SHAPED, Training)
 from paper.trainings import name_of
 from paper.variations import differences
-from running import optional
+from report import pyplot
 from running.files import replacing
 
 COLOURS = ('tab:blue', 'tab:orange', 'tab:red')
-
-
-def make_pyplot():
-    """Returns matplotlib.pyplot, which draws into files.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    matplotlib = optional('matplotlib', 'matplotlib is missing', '-r requirements.txt')
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    return pyplot
 
 
 def save(figure, folder, name):
@@ -35,7 +23,7 @@ def save(figure, folder, name):
     path = os.path.join(folder, f'{name}.png')
     with replacing(path, 'wb') as f:
         figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
-    make_pyplot().close(figure)
+    pyplot().close(figure)
     return path
 
 
@@ -45,7 +33,7 @@ def tradeoff(adversary, config, evaluations):
     Filled: the worst case in the ball on all images. Pale: PGD made with population norms, as in
     the paper, whose numbers are hollow.
     """
-    figure, axes = make_pyplot().subplots(figsize=(6, 5))
+    figure, axes = pyplot().subplots(figsize=(6, 5))
     colours = dict(zip(MODES, COLOURS))
     for training in available([Training(adversary, mode) for mode in MODES], config, evaluations):
         mode, colour = training.mode, colours[training.mode]
@@ -79,7 +67,7 @@ def tradeoff(adversary, config, evaluations):
 
 def cost(config, evaluations):
     """Plots the accuracy that each direct attack leaves against the gradients that it may take."""
-    figure, axes = make_pyplot().subplots(figsize=(6, 4))
+    figure, axes = pyplot().subplots(figsize=(6, 4))
     for training in available([DEFAULT, SHAPED], config, evaluations):
         colour = {DEFAULT: 'tab:blue', SHAPED: 'tab:red'}[training]
         by_attack = attacks_on(training, config, evaluations)
@@ -103,7 +91,7 @@ def cost(config, evaluations):
 def curves(config, evaluations):
     """Plots the accuracy of each training along its steps."""
     found = courses(config, evaluations)
-    figure, all_axes = make_pyplot().subplots(1, max(len(found), 1), figsize=(4 * max(
+    figure, all_axes = pyplot().subplots(1, max(len(found), 1), figsize=(4 * max(
         len(found), 1), 3.2), sharey=True, squeeze=False)
     for axes, (name, course) in zip(all_axes[0], found.items()):
         for (key, label), style, colour in zip(VALUES.items(), ('.', '-', 's:', 's--'), (
@@ -123,7 +111,7 @@ def curves(config, evaluations):
 def gaps(config, evaluations):
     """Plots by how much bn_shaping exceeds pn under PGD made with pn, for each variation."""
     found = differences(config, evaluations)
-    figure, axes = make_pyplot().subplots(figsize=(6, 0.6 + 0.3 * len(found)))
+    figure, axes = pyplot().subplots(figsize=(6, 0.6 + 0.3 * len(found)))
     for y, (value, interval) in enumerate(found.values()):
         axes.errorbar(100 * value, y, xerr=[[100 * abs(end - value)] for end in interval],
                       marker='o', color='tab:blue', capsize=2)
@@ -143,7 +131,7 @@ def ratios(ours):
     Args:
         ours: {n of n:1 in training: results in the order of INFERENCE_RATIOS}.
     """
-    figure, both = make_pyplot().subplots(1, 2, figsize=(11, 3.2), sharey=True)
+    figure, both = pyplot().subplots(1, 2, figsize=(11, 3.2), sharey=True)
     ours = [[r['accuracy'] for r in results] for results in ours.values()]
     for axes, values, title in zip(both, (ours, list(PAPER_RATIOS.values())),
                                    ('ours', 'the paper (w32-10)')):
@@ -166,7 +154,7 @@ def sweep(key, config, points):
     Args:
         key: 'num_steps' or 'epsilon'. points: what checks.sweep_results returns.
     """
-    figure, axes = make_pyplot().subplots(figsize=(6, 4))
+    figure, axes = pyplot().subplots(figsize=(6, 4))
     styles = {'pn': ('pgd, pn', '-'), 'bn_shaping': ('pgd, bn_shaping', '--'),
               'adaptive': ('adaptive_pgd, bn_shaping', ':')}
     for colour, mode in zip(('tab:blue', 'tab:red'), (ADV_ONLY, NORM_SHAPING)):

@@ -48,7 +48,8 @@ def scale_rows(config, evaluations):
                 result = result_of(of_training.attack(
                     'fgsm', ('pn',), num_eval_examples=n, fgsm_epsilon=epsilon * 255 / scale), 'pn')
                 rows.append([f'`{of_training.name}`', f'fgsm, epsilon {epsilon:g}', f'[0, {scale}]',
-                             n, formats.accuracy(result), '', '', paper['fgsm']])
+                             result['num_examples'], formats.accuracy(result), '', '',
+                             paper['fgsm']])
     return rows
 
 

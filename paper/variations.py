@@ -151,7 +151,7 @@ def crossed(attack, source, target, config):
                   | make_judges(model, data, settings, ['bn', 'bn_shaping']))
         results, _, in_ball = evaluate_attack(
             attack, make_attack(attack, other, data, settings), data, settings, judges, 1,
-            unfinished)
+            unfinished, shard=target.shard)
         return kept_of(results, in_ball)
 
     identity = {**relevant(settings, attack), 'num_examples': num_examples(attack, settings)}

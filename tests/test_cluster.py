@@ -115,7 +115,7 @@ def numbers(folder):
 
 def test_mistakes_are_told_in_one_line(tmp_path):
     for arguments, fault in (
-            (['gap', '--ray', 'local', '--stored', 'results/short'],
+            (['gap', '--ray', 'local', '--stored', 'results/three_classes'],
              '--stored computes nothing; expected no --ray beside it'),
             (['gap', '--ray', 'local', '--task_cpus', '-1'], '--task_cpus must be')):
         status, _, errors = program('reproduce.py', *arguments)

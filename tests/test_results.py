@@ -214,6 +214,9 @@ def test_curves_of_different_settings_share_no_tag(run, tmp_path):
     assert 'accuracy clean bn_shaping inference_shaping_ratio=4 num_draws=2 num_examples=20' in both
     run(['clean', 'pgd'], ['pn', 'bn_shaping'])  # the same again: the same tags
     assert set(curves(folder)) == set(both)
+    run(['adaptive_pgd'], ['bn', 'bn_recorded'], num_recordings=3)  # which one of them goes through
+    assert set(curves(folder)) >= {'images adaptive_pgd through bn eval',
+                                   'images adaptive_pgd through bn_recorded eval num_recordings=3'}
 
 
 def test_tags_of_attacks_with_keys_of_their_own(small_config):
@@ -248,6 +251,8 @@ def test_pictures_show_clean_adversarial_and_difference(run, tmp_path, monkeypat
     expected = np.clip(0.5 + 10 * (adversarial - clean), 0, 1)
     assert difference == pytest.approx(expected, abs=1e-5)
     assert texts[0].startswith('pn: ') and '\nbn: ' in texts[0] and texts[2] == ''
+    run(['clean', 'pgd'], ['pn', 'bn'], pictures=path, num_attack_examples={'pgd': 4})
+    assert len(drawn) == (8 + 4) * 3
 
 
 def test_the_answers_in_pictures_are_those_that_were_counted(
@@ -335,6 +340,10 @@ def test_a_checkpoint_that_the_training_removed_is_told_apart(
     arguments = small_model, data, config, Request(['clean'], ['pn']), Outputs(config)
     with pytest.raises(Removed, match='checkpoint-3 was removed before it could be evaluated'):
         evaluate_checkpoint(str(tmp_path / 'checkpoint-3'), *arguments)
+    (tmp_path / 'old').write_text('of one file, as very old checkpoints are, and damaged')
+    with pytest.raises(UserError) as error:
+        evaluate_checkpoint(str(tmp_path / 'old'), *arguments)
+    assert not isinstance(error.value, Removed)
     small_model.save_madry_checkpoint(tmp_path / 'checkpoint-3')
     (tmp_path / 'eval').mkdir()
     (tmp_path / 'eval' / 'results.json').write_text('meanwhile damaged')

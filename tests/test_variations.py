@@ -140,6 +140,18 @@ def test_crossed_examples_are_judged_by_the_pn_of_the_model_that_made_them(evalu
     assert result_of(crossed, 'bn_shaping')['xent'] != result_of(direct, 'bn_shaping')['xent']
 
 
+def test_a_shard_of_crossed_examples_is_no_more_than_that(evaluations, monkeypatch):
+    config, found = evaluations
+    source, target = found['pgd_natural'], found[name_of(SHAPED, config)]
+    made = []
+    monkeypatch.setattr(variations, 'make_attack', lambda *_: (
+        lambda start, end: made.append((start, end)) or source.data.eval_data.xs[start:end],
+        {'epsilon': None}))
+    target.shard = 10, 20
+    variations.crossed('clean', source, target, {**config, 'eval_batch_size': 10})
+    assert made == [(10, 20)]
+
+
 def test_the_crossed_table_stands_beside_table_i(evaluations, monkeypatch):
     config, found = evaluations
     monkeypatch.setattr(variations, 'PAPER_ATTACKS', ('clean', 'fgsm', 'shaping'))
