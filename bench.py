@@ -298,7 +298,8 @@ def time_queries(model, config, num_classes, rng, repeats):
     """Prints seconds a query, and an image gradient, under each inference mode."""
     size, n = config['eval_batch_size'], config['inference_shaping_ratio']
     images, labels = random_batch(size, num_classes, rng)
-    train = random_batch(max(CLEAN_IMAGES, config['recorded_samples']), num_classes, rng)
+    n_clean = max(CLEAN_IMAGES, config['recorded_samples'], config['shaping_batch_size'])
+    train = random_batch(n_clean, num_classes, rng)
     data = CIFAR10Data(train, (images, labels), [str(i) for i in range(num_classes)])
     forms = {mode: (mode, config) for mode in INFERENCE_MODES}
     if config['shaping_batch_size'] != n + 1:
@@ -419,6 +420,12 @@ def main():
     if 'original' in against and config['training_mode'] == 'natural':
         raise UserError('training_mode is "natural", and the original always attacks; expected '
                         'another training_mode with --against original')
+    if against and config['adversary'] != 'pgd':
+        raise UserError(f'adversary is "{config["adversary"]}", and --against times PGD; expected '
+                        'pgd')
+    if 'torch' in against and config['loss_func'] != 'xent':
+        raise UserError(f'loss_func is "{config["loss_func"]}", and PyTorch\'s step attacks '
+                        'cross-entropy; expected xent with --against torch')
     if 'torch' in against:
         import_torch()
     if against and flags.FLAGS.query:

@@ -16,7 +16,7 @@ import sys
 from absl import flags
 import numpy as np
 
-from config import begin, load_config
+from config import begin, config_from_flags, load_config
 from running import UserError, brief, optional
 from running.program import ANY, run
 from running.untrusted import map_array, read_json
@@ -34,6 +34,7 @@ import tensorflow as tf
 from cifar10_input import load_data
 from export import CARD, FORMATS, RECORDINGS, Classifier, read_recordings
 from model import build_model, find_checkpoint
+from running.devices import leave_gpus
 from shaping import RecordedInference
 
 SIZE = 32
@@ -48,14 +49,15 @@ def main(paths):
     named = [one for path in paths for one in read_images(path, flags.FLAGS.resize)]
 
     # The model
-    model_dir, settings = flags.FLAGS.model, flags.FLAGS.set
-    if model_dir and os.path.isfile(os.path.join(model_dir, FORMATS['savedmodel'])):
-        classify, num_recordings, label_names = load_exported(model_dir)
-    else:
-        path = os.path.join(model_dir, 'config.json') if model_dir else flags.FLAGS.config
-        given = {'model_dir': model_dir} if model_dir else {}
-        classify, num_recordings, label_names = load_trained(load_config(path, settings,
-                                                                         values=given))
+    folder = flags.FLAGS.model
+    exported = bool(folder) and os.path.isfile(os.path.join(folder, FORMATS['savedmodel']))
+    if folder and flags.FLAGS.config:
+        raise UserError('--model and --config each name a configuration; expected one of them')
+    if exported and flags.FLAGS.set:
+        raise UserError(f'--set changes nothing in {folder}, which is an exported model; expected '
+                        '--model of a training beside it')
+    classify, num_recordings, label_names = (
+        load_exported(folder) if exported else load_trained(config_of(folder)))
     num_votes = flags.FLAGS.num_votes
     if not 1 <= num_votes <= num_recordings:
         raise UserError(f'--num_votes must be an integer, 1 to {num_recordings}, the number of '
@@ -83,7 +85,7 @@ def read_images(path, resize):
     """
     if path.endswith('.npy'):
         array = map_array(path)
-        if array.ndim not in (3, 4) or array.shape[-1] != 3 or not len(array):
+        if array.ndim not in (3, 4) or array.shape[-1] != 3 or not array.size:
             raise UserError(f'{path} holds an array {list(array.shape)}; expected [32, 32, 3] or '
                             '[n, 32, 32, 3]')
         if array.dtype.kind not in 'uif':
@@ -140,6 +142,8 @@ def load_exported(folder):
     card = read_json(os.path.join(folder, CARD))
     try:
         names, num_recordings = names_on(card), card['inference']['num_recordings']
+        if type(num_recordings) is not int:
+            raise TypeError
         model = tf.saved_model.load(folder)
         model.__call__  # noqa: B018 - or it is another program's
     except (KeyError, TypeError, AttributeError, OSError, ValueError, tf.errors.OpError) as error:
@@ -157,6 +161,14 @@ def names_on(card):
     return names
 
 
+def config_of(folder):
+    """Returns the configuration in a training's folder; without a folder, the command line's."""
+    if not folder:
+        return config_from_flags()
+    return load_config(os.path.join(folder, 'config.json'), flags.FLAGS.set,
+                       values={'model_dir': folder})
+
+
 def load_trained(config):
     """Returns the same of a training's newest checkpoint.
 
@@ -165,21 +177,29 @@ def load_trained(config):
     Raises:
         UserError: there is none, or what is beside it is not what export.py writes.
     """
+    leave_gpus(config)
     checkpoint = find_checkpoint(config)
-    released = os.path.exists(f'{checkpoint}{RECORDINGS}')
-    data = None if released else load_data(config)
-    names = names_beside(checkpoint, config) if released else data.label_names
-    model = build_model(config, len(names))
-    model.load_madry_checkpoint(checkpoint)
-    if released:
-        recordings = read_recordings(model, f'{checkpoint}{RECORDINGS}', config['num_recordings'])
-        inference = RecordedInference(model, recordings, config['inference_shaping_ratio'],
-                                      config['np_random_seed'])
+    recordings = f'{checkpoint}{RECORDINGS}'
+    if os.path.exists(recordings):
+        names = names_beside(checkpoint, config)
+        model = loaded(config, checkpoint, len(names))
+        inference = RecordedInference(
+            model, read_recordings(model, recordings, config['num_recordings']),
+            config['inference_shaping_ratio'], config['np_random_seed'])
     else:
+        data = load_data(config)
+        names, model = data.label_names, loaded(config, checkpoint, data.num_classes)
         print(f'{checkpoint}: recording {config["num_recordings"]} times '
               f'{config["recorded_samples"]} training images', file=sys.stderr, flush=True)
         inference = RecordedInference.from_config(model, data, config)
     return Classifier(inference, len(names)).__call__, inference.num_recordings, names
+
+
+def loaded(config, checkpoint, num_classes):
+    """Returns the model of a configuration with the weights of a checkpoint."""
+    model = build_model(config, num_classes)
+    model.load_madry_checkpoint(checkpoint)
+    return model
 
 
 def names_beside(checkpoint, config):

@@ -59,6 +59,7 @@ from pgd_attack import perturbation_fault
 from report import Outputs, print_comparison, print_table
 from running import UserError
 from running.arriving import arriving
+from running.devices import leave_gpus
 from running.unfinished import batches, checkpoint_digest, data_digest, path_of
 from running.untrusted import read_json
 from shaping import FORMS, Coupled, form_of, make_inference, queries_of
@@ -94,8 +95,7 @@ def main(words):
     # Global constants
     config = config_from_flags()
     request = request_from_flags(config)
-    if config['eval_on_cpu']:
-        tf.config.set_visible_devices([], 'GPU')
+    leave_gpus(config)
 
     # The checkpoints and the outputs: fail now, not after the evaluation
     for name in request.attacks:

@@ -49,8 +49,10 @@ import tensorflow as tf
 from cifar10_input import load_data
 from model import build_model, find_checkpoint, network_name
 from running import UserError, optional
+from running.devices import leave_gpus
 from running.files import replacing
 from running.outputs import without_deprecations
+from running.resume import in_one_line
 from running.results import check_writable, provenance, read_results
 from running.unfinished import checkpoint_digest, data_digest
 from running.untrusted import map_array
@@ -60,6 +62,7 @@ FORMATS = {'savedmodel': 'saved_model.pb', 'onnx': 'model.onnx', 'weights': 'che
 AT_ONCE = 250  # images in one pass: a bound on memory, not on a request
 CARD = 'card.json'
 RECORDINGS = '.recordings.npy'  # behind the checkpoint's prefix
+TEMPORARY, FORMER = '.tmp', '.former'  # behind the folder's name, while one export replaces another
 WRITTEN = {*FORMATS.values(), CARD, 'variables', 'assets', 'fingerprint.pb', 'config.json'}
 
 
@@ -67,13 +70,15 @@ def main():
     # The checkpoint and the output: fail now, not after the recordings
     config, form = config_from_flags(), flags.FLAGS.format
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
-    folder = os.path.normpath(flags.FLAGS.output or os.path.join(config['model_dir'], 'exported'))
+    output = os.path.normpath(flags.FLAGS.output or os.path.join(config['model_dir'], 'exported'))
+    folder = os.path.abspath(output)
     check_output(folder, checkpoint)
     if form == 'onnx':
         config['precision'] = 'float32'  # the weights are; ONNX Runtime has no CPU kernels else
         find_converter()
 
     # The data and the model
+    leave_gpus(config)
     data = load_data(config, flags.FLAGS.download)
     model = build_model(config, data.num_classes)
     step = model.load_madry_checkpoint(checkpoint)
@@ -86,20 +91,24 @@ def main():
               'checkpoint_digest': checkpoint_digest(checkpoint)[:16],
               'data': data_digest(data)[:16]}
     card = make_card(config, data, origin, form)
-    temporary = f'{folder}.tmp'
+    temporary, former = folder + TEMPORARY, folder + FORMER
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
-    if form == 'onnx':
-        save_onnx(inference, os.path.join(temporary, FORMATS[form]))
-    elif form == 'weights':
-        save_weights(inference, {**config, 'model_dir': folder}, step, temporary)
-    else:
-        save(inference, data.num_classes, temporary)
+    with in_one_line(folder):
+        if form == 'onnx':
+            save_onnx(inference, os.path.join(temporary, FORMATS[form]))
+        elif form == 'weights':
+            save_weights(inference, {**config, 'model_dir': output}, step, temporary)
+        else:
+            save(inference, data.num_classes, temporary)
     with replacing(os.path.join(temporary, CARD)) as f:
         json.dump(card, f, indent=1)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)
+    if os.path.exists(folder):
+        os.replace(folder, former)
     os.replace(temporary, folder)
-    print(f'Checkpoint {checkpoint}, step {step}: written to {folder}')
+    shutil.rmtree(former, ignore_errors=True)
+    print(f'Checkpoint {checkpoint}, step {step}: written to {output}')
     if not card['results']:
         print(f'{CARD} has no accuracies: eval.py --inference bn_recorded has not been run on this '
               'checkpoint', file=sys.stderr)
@@ -108,15 +117,20 @@ def main():
 def check_output(folder, checkpoint):
     """Raises UserError unless the folder can be written, and holds nothing but a former export.
 
-    Nor may it hold the checkpoint that is exported: it would be removed.
+    Nor may it hold the checkpoint that is exported, or be the working folder: it would be removed.
+    What lies beside it under the names that are used on the way is looked at, too.
     """
     check_writable(os.path.join(folder, CARD), 'a folder that can be written, --output DIR')
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    written = all(name in WRITTEN or name.startswith('checkpoint-') for name in names)
     source = os.path.realpath(folder) == os.path.realpath(os.path.dirname(checkpoint))
-    if os.path.islink(folder) or source or names and not (written and CARD in names):
-        raise UserError(f'{folder} holds something else than an exported model; expected another '
-                        'folder, --output DIR')
+    here = os.path.realpath(folder) == os.path.realpath(os.curdir)
+    for place in (folder, folder + TEMPORARY, folder + FORMER):
+        names = os.listdir(place) if os.path.isdir(place) else []
+        written = all(name in WRITTEN or name.startswith('checkpoint-') for name in names)
+        finished = place == folder + TEMPORARY or CARD in names  # a kill may have left a part
+        if (os.path.islink(place) or os.path.isfile(place) or source or here
+                or names and not (written and finished)):
+            raise UserError(f'{place} holds something else than an exported model; expected '
+                            'another folder, --output DIR')
 
 
 # ---- what is exported
@@ -291,6 +305,8 @@ def read_recordings(model, path, num_recordings):
 def make_card(config, data, origin, form):
     """Returns what stands beside the model: training, accuracies, threat model, input; a dict."""
     rows = results_of(config, origin)
+    beside = os.path.join(os.path.dirname(origin['checkpoint']), 'config.json')
+    trained = load_config(beside) if os.path.isfile(beside) else config
     clean = min((r for r in rows if r['attack'] == 'clean'), key=worst_first, default=None)
     robust = min((r for r in rows if is_robust(r, config)), key=worst_first, default=None)
     return {
@@ -309,19 +325,23 @@ def make_card(config, data, origin, form):
             'words': 'robust accuracy is at most what the strongest attack that was tried leaves; '
                      'nothing here is a certificate'},
         'clean_accuracy': clean, 'robust_accuracy': robust, 'results': rows,
-        'training': of_training(config), 'provenance': provenance()}
+        'precision': config['precision'], 'training': of_training(trained),
+        'provenance': provenance()}
 
 
 def results_of(config, origin):
     """Returns the rows that eval.py has of this checkpoint, these images and recordings."""
-    path = os.path.join(os.path.dirname(origin['checkpoint']), 'eval', 'results.json')
-    same = {'inference': 'bn_recorded', 'np_random_seed': config['np_random_seed'],
+    folders = dict.fromkeys(map(os.path.abspath, (
+        config['model_dir'], os.path.dirname(origin['checkpoint']))))
+    same = {'inference': 'bn_recorded',
+            **{key: config[key] for key in ('np_random_seed', 'precision')},
             **form_of('bn_recorded', config),
             **{key: origin[key] for key in ('checkpoint_digest', 'data')}}
     shown = ('attack', 'accuracy', 'interval', 'num_examples', 'epsilon', 'norms', 'attacks',
              'num_draws', 'num_steps')
     return [{key: row[key] for key in shown if key in row}
-            for row in read_results(path)['results']
+            for folder in folders
+            for row in read_results(os.path.join(folder, 'eval', 'results.json'))['results']
             if all(row.get(key) == value for key, value in same.items())]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from config import BATCH_NORMS, MAX_INTEGER, PRECISIONS
 from running import UserError, brief
-from running.untrusted import read_json
+from running.untrusted import check_plain, read_json
 import keras
 import tensorflow as tf
 
@@ -359,6 +359,9 @@ class Model(keras.Model):
             shapes: {name: shape} of the checkpoint. expected: {name: tf.Variable}.
         """
         for name, variable in expected.items():
+            if name not in shapes and name.endswith('/Momentum'):
+                raise UserError(f'{prefix} holds no velocities; expected the folder of a training, '
+                                'not released weights')
             if name not in shapes:
                 raise UserError(f'{prefix} holds no {name}: it is of another network than '
                                 f'num_residual_units {self.num_residual_units} '
@@ -445,6 +448,8 @@ def damage(prefix):
     Every byte that counts is read: the format keeps a checksum of each tensor and of its index.
     """
     try:
+        for end in ('.index', '.data-00000-of-00001'):
+            check_plain(prefix + end)
         size = os.path.getsize(f'{prefix}.data-00000-of-00001')
         reader = tf.train.load_checkpoint(prefix)
         types = reader.get_variable_to_dtype_map()

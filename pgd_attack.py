@@ -26,6 +26,7 @@ import tensorflow as tf
 from cifar10_input import eval_examples, load_data
 from model import build_model, find_checkpoint
 from running import UserError
+from running.devices import leave_gpus
 from running.unfinished import appended, checkpoint_digest, data_digest, finish
 from shaping import masked
 
@@ -222,8 +223,7 @@ def main():
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.'):
         raise UserError(f'store_adv_path is {path}; expected the path of a file in a folder that '
                         'exists')
-    if config['eval_on_cpu']:
-        tf.config.set_visible_devices([], 'GPU')
+    leave_gpus(config)
 
     # The newest checkpoint
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)

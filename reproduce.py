@@ -40,7 +40,6 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
     begin(__doc__, takes_words=True)
 
 import running.quiet  # noqa: F401
-import tensorflow as tf
 
 from attacks import check_names
 from cifar10_input import eval_examples, load_data
@@ -50,6 +49,7 @@ from paper.published import NORM_SHAPING
 from paper.tables import TABLES, check_clean_samples, section, trainings_of
 from paper.trainings import train_if_missing
 from running import UserError
+from running.devices import leave_gpus
 from running.files import replacing
 from running.unfinished import data_digest
 
@@ -118,8 +118,7 @@ def train_and_load(tables, trainings, config, folder):
         tables: {name: Table}. trainings: {name: configuration}, what the tables need.
         folder: of the tables; the configuration is stored there.
     """
-    if config['eval_on_cpu']:
-        tf.config.set_visible_devices([], 'GPU')
+    leave_gpus(config)
     data = load_data(config, flags.FLAGS.download)
     check(tables, config, data)
 

@@ -17,13 +17,13 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
     begin(__doc__, inference=INFERENCE_MODES)
 
 import running.quiet  # noqa: F401
-import tensorflow as tf
 
 from cifar10_input import eval_examples, load_data
 from eval import wilson_interval
 from model import build_model, find_checkpoint
 from pgd_attack import perturbation_fault
 from running import UserError, brief
+from running.devices import leave_gpus
 from running.files import replacing
 from running.untrusted import map_array
 from shaping import make_inference
@@ -85,8 +85,7 @@ def main():
     mode, *more = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
     if more:
         raise UserError('--inference: expected one mode at a time, as pred.npy holds one answer')
-    if config['eval_on_cpu']:
-        tf.config.set_visible_devices([], 'GPU')
+    leave_gpus(config)
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
     data = load_data(config, flags.FLAGS.download)
     x_nat, _ = eval_examples(data, config)

@@ -63,9 +63,10 @@ AVERAGED = ('loss', 'xent', 'accuracy', 'xent_clean', 'accuracy_clean', 'xent_ad
 def main():
     tf.get_logger().setLevel('ERROR')  # the Saver calls itself deprecated, at length
     config = config_from_flags()
-    if flags.FLAGS.logical_cpus > 1 and config['distribution'] == 'none':
-        raise UserError(f'--logical_cpus is {flags.FLAGS.logical_cpus}, and distribution none uses '
-                        'one device; expected --set distribution=mirrored')
+    if flags.FLAGS.logical_cpus > 1 and config['distribution'] != 'mirrored':
+        raise UserError(f'--logical_cpus is {flags.FLAGS.logical_cpus}, and distribution '
+                        f'{config["distribution"]} uses one device a process; expected --set '
+                        'distribution=mirrored')
     divide_cpu(flags.FLAGS.logical_cpus)
     strategy = make_strategy(config)
     try:
@@ -73,6 +74,9 @@ def main():
     except Stopped as stop:
         tell(f'Stopped {stop}; the same command resumes')
         sys.exit(STOPPED)
+    except tf.errors.ResourceExhaustedError as error:
+        raise UserError(f'memory is full: {reason(error)[:200]}; expected a smaller '
+                        'training_batch_size or width_factor') from None
     except LOST as error:
         if num_workers(strategy) == 1:
             raise
@@ -190,7 +194,7 @@ def run_training(config, strategy, profile, download, as_program, at_end):
         if stop and not last:
             raise Stopped(f'after {ii + 1} steps, which are saved in {model_dir}')
     if chief:
-        tell(f'{max(start, num_steps)} steps done: {saver.last_good}')
+        tell(f'{num_steps} steps done: {saver.last_good}')
     return saver.last_good
 
 

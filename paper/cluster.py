@@ -16,13 +16,13 @@ import socket
 import time
 
 import running.quiet  # noqa: F401
-import tensorflow as tf
 
 from cifar10_input import load_data
 from paper.cells import Evaluations, networks
 from paper.tables import TABLES, section, trainings_of
 from paper.trainings import is_trained, train_if_missing
 from running import UserError, brief, optional
+from running.devices import leave_gpus
 from running.unfinished import data_digest, shard_path
 
 SHARD = 1000  # images of an attack in one task, about
@@ -144,8 +144,7 @@ def cell_task(folder, table, config, path, shard):
 def loaded(config):
     """Returns (data, digest, networks' f) of a configuration, the same to each task of a worker."""
     config = json.loads(config)
-    if config['eval_on_cpu']:
-        tf.config.set_visible_devices([], 'GPU')
+    leave_gpus(config)
     data = load_data(config, False)
     return data, data_digest(data), networks(data.num_classes)
 

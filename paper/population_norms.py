@@ -15,7 +15,6 @@ import keras
 import tensorflow as tf
 
 from model import BN_DECAY, build_model, checkpoints
-from running import UserError
 from train import make_adversary, make_optimizer, make_train_step
 
 NUM_BATCHES = 200  # of each rule but 'last batch'
@@ -105,26 +104,13 @@ def replay(data, config, wanted):
     for prefix in checkpoints(config['model_dir']):  # the newest first
         step = int(prefix.rpartition('-')[2])
         if step <= goal - (NUM_REPLAYED if wanted.decay != BN_DECAY else 0):
-            start = load_with_velocities(model, optimizer, prefix)
+            start = model.load_madry_checkpoint(prefix, optimizer)
             break
     train_step = make_train_step(model, optimizer, config)
     for ii in range(start, goal):
         x_batch, y_batch = data.train_data.get_batch(ii, config['training_batch_size'])
         train_step(tf.constant(x_batch), tf.constant(y_batch), tf.constant(ii, tf.int64))
     return [v.numpy() for v in population_norms(model)]
-
-
-def load_with_velocities(model, optimizer, prefix):
-    """Loads a checkpoint that a training can resume from; returns its step.
-
-    Raises:
-        UserError: it holds no velocities.
-    """
-    names = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
-    if not any(name.endswith('/Momentum') for name in names):
-        raise UserError(f'{prefix} holds no velocities; expected the folder of a training, not '
-                        'released weights, to replay it')
-    return model.load_madry_checkpoint(prefix, optimizer)
 
 
 def batch_statistics(model):

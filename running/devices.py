@@ -21,6 +21,12 @@ LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledE
         tf.errors.DeadlineExceededError, tf.errors.InternalError, tf.errors.FailedPreconditionError)
 
 
+def leave_gpus(config):
+    """Hides the GPUs from this process if eval_on_cpu says so; to be called before their use."""
+    if config['eval_on_cpu']:
+        tf.config.set_visible_devices([], 'GPU')
+
+
 def make_strategy(config):
     """Returns the tf.distribute strategy that a configuration asks for, of one device or more.
 

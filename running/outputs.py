@@ -29,8 +29,11 @@ def without_deprecations():
         logger.setLevel(before)
 
 
+NUM_KEPT = 3  # checkpoints of a training
+
+
 class Saver:
-    """Writes a training's checkpoints, the last three kept, and knows the last good one.
+    """Writes a training's checkpoints, the last NUM_KEPT kept, and knows the last good one.
 
     Args:
         model_dir: their folder. variables: {name: tf.Variable}.
@@ -40,12 +43,11 @@ class Saver:
 
     def __init__(self, model_dir, variables, kept, last_good, chief=True):
         self.model_dir, self.variables, self.last_good = model_dir, variables, last_good
-        self._saver = None
-        if chief:  # relative paths: model_dir may be moved
-            with without_deprecations():
-                self._saver = tf.compat.v1.train.Saver(variables, max_to_keep=3,
+        self.kept, self._saver = list(kept), None
+        if chief:
+            with without_deprecations():  # relative paths: model_dir may be moved
+                self._saver = tf.compat.v1.train.Saver(variables, max_to_keep=None,
                                                        save_relative_paths=True)
-                self._saver.recover_last_checkpoints(kept)
 
     def save(self, step):
         """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
@@ -60,6 +62,19 @@ class Saver:
             remove_unfinished(self.model_dir)
             raise UserError(f'no checkpoint could be written in {self.model_dir}: {reason(error)}; '
                             f'the last good one is {self.last_good}') from None
+        self._forget_old_ones()
+
+    def _forget_old_ones(self):
+        """Removes all but the last NUM_KEPT. Raises OSError.
+
+        TensorFlow's way takes a path for a pattern: [1] would match another training's folder.
+        """
+        self.kept = [*(prefix for prefix in self.kept if prefix != self.last_good), self.last_good]
+        for prefix in self.kept[:-NUM_KEPT]:
+            for end in ('.index', '.data-00000-of-00001'):  # in this order, as in keep_best
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(prefix + end)
+        self.kept = self.kept[-NUM_KEPT:]
 
     def keep_best(self, name):
         """Copies the last checkpoint to `name`, in place of what is there. Raises OSError."""

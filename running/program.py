@@ -16,8 +16,7 @@ STOPPED = 75  # exit status of a training that a signal stopped: EX_TEMPFAIL of 
 HELP = ('--help', '-h', '--helpshort', '--helpfull', '-help', '--h')
 
 # what absl's types of flags expect
-EXPECTED = {'bool': 'true or false', 'int': 'an integer', 'float': 'a number',
-            'string': 'a text', 'multi string': 'a text'}
+EXPECTED = {'bool': 'true or false', 'string': 'a text', 'multi string': 'a text'}
 
 _words = []  # what start() found on the command line beside the options
 
@@ -77,7 +76,8 @@ def parse(name, keys):
             raise UserError(text) from None
         flag = flags.FLAGS[match[1]]
         expected = (f'one of {", ".join(flag.parser.enum_values)}'
-                    if isinstance(flag, flags.EnumFlag) else EXPECTED[flag.flag_type()])
+                    if isinstance(flag, flags.EnumFlag) else
+                    flag.parser.syntactic_help or EXPECTED[flag.flag_type()])
         raise UserError(f'--{match[1]} must be {expected}, got {match[2]!r}') from None
 
 

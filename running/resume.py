@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from running import UserError
 from running.files import create, plain, replacing
+from running.untrusted import check_plain
 
 LOG = 'log.jsonl'        # in model_dir: one line a report, the same numbers as on stdout
 CUT_CURVES = 'cut.tmp'   # in model_dir while curves are cut back; TensorBoard does not look at it
@@ -36,6 +37,7 @@ def forget_steps(model_dir, start):
     """
     log = os.path.join(model_dir, LOG)
     if os.path.exists(log):
+        check_plain(log)
         with open(log, encoding='utf-8', errors='replace') as f:
             lines = f.readlines()
         kept = [line for line in lines if line.endswith('\n') and logged_step(line) < start]
@@ -43,6 +45,7 @@ def forget_steps(model_dir, start):
             with replacing(log) as f:
                 f.writelines(kept)
     for path in glob.glob(os.path.join(glob.escape(model_dir), 'events.out.tfevents.*')):
+        check_plain(path)
         kept, whole = [], True
         try:
             for record in tf.data.TFRecordDataset(path).as_numpy_iterator():

@@ -14,7 +14,7 @@ import classify
 import export
 from cifar10_input import load_data
 from config import load_config
-from conftest import fuzz
+from conftest import ROOT, fuzz
 from hypothesis import strategies as st
 from model import build_model, find_checkpoint
 from running import UserError
@@ -201,12 +201,31 @@ def test_a_model_that_was_not_evaluated_has_a_card_without_numbers(exported, tmp
     assert card['robust_accuracy'] is card['clean_accuracy'] is None and card['results'] == []
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(exported, tmp_path):
+def test_a_card_shows_what_its_own_arithmetic_was_judged_at(exported):
+    """Whichever folder eval.py wrote to; and how the model was trained, not how it is exported."""
+    folder, config = exported
+    card = read_json(f'{folder}/card.json')
+    origin = {key: card[key] for key in ('checkpoint', 'step', 'checkpoint_digest', 'data')}
+    assert len(export.results_of(config, origin)) == len(card['results']) > 0
+    elsewhere = {**origin, 'checkpoint': '/elsewhere/checkpoint-7'}
+    assert export.results_of(config, elsewhere) == card['results']
+    assert export.results_of({**config, 'precision': 'mixed_bfloat16'}, origin) == []
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(exported, tmp_path, monkeypatch):
     (tmp_path / 'thesis.tex').write_text('years of work')
     status, stdout, stderr = program('export.py', '--model_dir', exported[1]['model_dir'],
                                      '--output', str(tmp_path))
     assert (status, stdout) == (2, '') and 'holds something else' in stderr[0]
     assert os.listdir(tmp_path) == ['thesis.tex']
+    (tmp_path / 'e.tmp').mkdir()  # what is used on the way is looked at, too
+    (tmp_path / 'e.tmp' / 'thesis.tex').write_text('the draft')
+    with pytest.raises(UserError, match='e.tmp holds something else'):
+        export.check_output(str(tmp_path / 'e'), 'checkpoint-7')
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    with pytest.raises(UserError, match='here holds something else'):
+        export.check_output(str(tmp_path / 'here'), 'checkpoint-7')
 
 
 def test_onnx_runtime_gives_the_same_logits(inference, tmp_path):
@@ -321,6 +340,7 @@ def pictures(inference, tmp_path_factory):
     np.save(folder / 'one.npy', images[0])
     np.save(folder / 'two.npy', images.astype(np.float32))
     np.save(folder / 'odd.npy', np.zeros([5, 5]))
+    np.save(folder / 'empty.npy', np.zeros([1, 0, 5, 3]))
     np.save(folder / 'nan.npy', np.full([32, 32, 3], np.nan))
     (folder / 'text.png').write_text('no picture')
     return folder
@@ -354,6 +374,7 @@ def test_classify_says_how_many_recordings_agree(exported, pictures, loaded, inf
     ('text.png', 'text.png cannot be read as PNG or JPEG'),
     ('none.png', 'none.png does not exist; expected a PNG, JPEG or .npy file'),
     ('odd.npy', r'odd.npy holds an array \[5, 5\]; expected \[32, 32, 3\] or'),
+    ('empty.npy', r'empty.npy holds an array \[1, 0, 5, 3\]; expected \[32, 32, 3\] or'),
     ('nan.npy', r'nan.npy holds pixels that are no finite numbers in \[0, 255\]')])
 def test_what_is_no_image_is_one_line(pictures, monkeypatch, name, said):
     monkeypatch.chdir(pictures)
@@ -385,6 +406,9 @@ def test_a_damaged_picture_is_never_a_traceback(tmp_path_factory, contents, plac
 def test_classify_without_a_model_or_with_too_many_votes_is_one_line(exported, pictures, tmp_path):
     for arguments, said in (
             (['--model', str(tmp_path), 'a.png'], 'config.json cannot be read'),
+            (['--model', exported[0], '--config', os.path.join(ROOT, 'configs', 'quick.json'),
+              'a.png'], 'expected one of them'),
+            (['--model', exported[0], '--set', 'num_recordings=5', 'a.png'], 'an exported model'),
             (['--model', exported[0], '--num_votes', '8', 'a.png'],
              '--num_votes must be an integer, 1 to 7, the number of recordings, got 8'),
             ([], 'no image is named')):

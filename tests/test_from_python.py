@@ -11,7 +11,7 @@ import kills
 from config import load_config
 from running import outputs
 from running.devices import uses_tensor_float_32
-from running.outputs import Pace, RunningMeans, Saver, duration
+from running.outputs import NUM_KEPT, Pace, RunningMeans, Saver, duration
 from running.resume import Stopped, take_lock
 import train
 
@@ -172,3 +172,23 @@ def test_tensor_float_32_is_told_where_it_computes(
     assert 'on 2 replicas, 8 samples' in told and ('TensorFloat-32' in told) == expected
     train.tell_start({**config, 'precision': 'mixed_bfloat16'}, 1, 0)
     assert 'TensorFloat-32' not in capsys.readouterr().out
+
+
+def test_the_last_checkpoints_are_kept_and_no_other_folder_is_touched(tmp_path):
+    """A folder's name may look like a pattern that another one's fits."""
+    def saved(name, steps, kept=()):
+        os.makedirs(tmp_path / name, exist_ok=True)
+        prefixes = [str(tmp_path / name / f'checkpoint-{step}') for step in kept]
+        saver = Saver(str(tmp_path / name), {'v': tf.Variable(1.)}, prefixes, None)
+        for step in steps:
+            saver.save(step)
+        return sorted(path for path in os.listdir(tmp_path / name) if path.endswith('.index'))
+
+    def names(*steps):
+        return [f'checkpoint-{step}.index' for step in steps]
+    assert NUM_KEPT == 3
+    assert saved('adv1', [0, 1]) == names(0, 1)
+    assert saved('adv[1]', range(5)) == names(2, 3, 4)
+    assert saved('adv[1]', [4, 5], [2, 3, 4]) == names(3, 4, 5)  # 4 again, after a kill
+    assert len(os.listdir(tmp_path / 'adv[1]')) == 2 * 3 + 1
+    assert len(os.listdir(tmp_path / 'adv1')) == 2 * 2 + 1

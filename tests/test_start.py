@@ -55,6 +55,7 @@ def test_help_lists_the_words_that_a_program_takes(no_tensorflow):
     (['train.py', '--conifg', 'x'], '--conifg is not an option; did you mean --config?'),
     (['train.py', '--xyz'], '--xyz is not an option; train.py --help lists them'),
     (['train.py', '--logical_cpus=two'], "--logical_cpus must be an integer, got 'two'"),
+    (['reproduce.py', '--task_cpus=-1'], "--task_cpus must be a non-negative number, got '-1'"),
     (['train.py', '--profile=maybe'], "--profile must be true or false, got 'maybe'"),
     (['train.py', '--set', 'epsilon'], "--set 'epsilon': expected key=value"),
     (['train.py', '--set', 'epsilonn=8'], "unknown key 'epsilonn'; did you mean epsilon?"),
