@@ -277,7 +277,7 @@ def test_a_table_is_one_record(sections):
     """Each row is as wide as its header, and each file has a name of its own."""
     plots = [plot for table in TABLES.values() for plot in table.plots]
     assert len({*plots, *TABLES}) == len(plots) + len(TABLES)
-    assert {Path(name).stem for name in sections} >= set(TABLES) - {'variations'}  # not stored yet
+    assert {Path(name).stem for name in sections} == set(TABLES)
     for name, (_, made) in sections.items():
         widths = {line.count(' | ') for line in made.splitlines() if line.startswith('| ')}
         assert widths == {len(TABLES[Path(name).stem].header) - 1}, name
