@@ -8,12 +8,15 @@ import collections
 import functools
 import io
 import os
+import signal
 import sys
 import zipfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # the numbers here are a CPU's
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's: tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import running.quiet  # noqa: E402, F401
 from hypothesis import given, settings  # noqa: E402

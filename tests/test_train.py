@@ -178,5 +178,5 @@ def test_another_training_in_the_same_folder_is_refused(tmp_path, small_config):
 def test_the_original_weights_can_be_trained_on(small_config):
     """MadryLab's checkpoints without optimizer slots are named as such, not half loaded."""
     config = small_config()
-    with pytest.raises(UserError, match='Momentum'):
+    with pytest.raises(UserError, match='holds no velocities; expected the folder of a training'):
         Model(5, 1).load_madry_checkpoint(CHECKPOINT, train.make_optimizer(config))
