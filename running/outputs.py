@@ -71,7 +71,7 @@ class Saver:
         """
         self.kept = [*(prefix for prefix in self.kept if prefix != self.last_good), self.last_good]
         for prefix in self.kept[:-NUM_KEPT]:
-            for end in ('.index', '.data-00000-of-00001'):  # in this order, as in keep_best
+            for end in ('.index', '.data-00000-of-00001'):  # an index means it is whole
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(prefix + end)
         self.kept = self.kept[-NUM_KEPT:]
