@@ -71,11 +71,11 @@ class LinfPGDAttack:
             return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
         return -tf.reduce_sum(tf.nn.relu(margin(logits, y) + 50))
 
-    def gradient(self, x, target, *given):
+    def gradient(self, x, reference, *given):
         """Returns the gradient of the summed loss with respect to x, [b, 32, 32, 3]."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(x)
-            loss = self.loss(self.logits(x, *given), target)
+            loss = self.loss(self.logits(x, *given), reference)
         return tape.gradient(loss, x)
 
     def perturb(self, x_nat, y, seed, tail=None):
@@ -117,14 +117,14 @@ class LinfPGDAttack:
         values, and tail is the mask of one share. `given` is what `logits` takes beside x.
         """
         run_ = self.strategy.run
-        x, target = run_(self.before, (x, x_nat, y, tail, *given))
+        x, reference = run_(self.before, (x, x_nat, y, tail, *given))
         for _ in tf.range(self.num_steps):
-            x = run_(self.step, (x, x_nat, target, tail, *given))
+            x = run_(self.step, (x, x_nat, reference, tail, *given))
         return x
 
-    def step(self, x, x_nat, target, tail, *given):
-        """Returns the batch x [b, 32, 32, 3] one step on; `target` is what self.target returned."""
-        stepped = x + self.step_size * tf.sign(self.gradient(x, target, *given))
+    def step(self, x, x_nat, reference, tail, *given):
+        """Returns the batch x [b, 32, 32, 3] one step on; reference: see `reference`."""
+        stepped = x + self.step_size * tf.sign(self.gradient(x, reference, *given))
         stepped = masked(self.project(stepped, x_nat), x_nat, tail)
         stepped.set_shape(x_nat.shape)
         return stepped
@@ -142,9 +142,9 @@ class LinfPGDAttack:
 
     def before(self, x, x_nat, y, tail, *given):
         """Returns the batch before the first step, and what the loss compares the logits with."""
-        return masked(x, x_nat, tail), self.target(x_nat, y, *given)
+        return masked(x, x_nat, tail), self.reference(x_nat, y, *given)
 
-    def target(self, x_nat, y, *given):
+    def reference(self, x_nat, y, *given):
         """Returns what the loss compares the logits with: the labels y [b]."""
         return y
 

@@ -367,18 +367,23 @@ def pyplot():
     return pyplot
 
 
+def save_figure(figure, path):
+    """Writes a figure to path, a .png file, and closes it."""
+    try:
+        with replacing(path, 'wb') as f:
+            figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
+    finally:
+        pyplot().close(figure)
+
+
 def draw_pictures(path, samples, data, title):
     """Draws samples, as `gallery` does, into a file.
 
     Args:
         path: of the .png file. samples: see gallery. data: a CIFAR10Data.
     """
-    figure = gallery(data.eval_data.xs, data.eval_data.ys, data.label_names, samples, title)
-    try:
-        with replacing(path, 'wb') as f:
-            figure.savefig(f, format='png', dpi=150)
-    finally:
-        pyplot().close(figure)
+    images, labels = data.eval_data.xs, data.eval_data.ys
+    save_figure(gallery(images, labels, data.label_names, samples, title), path)
 
 
 def answer(names, label, probability, y):

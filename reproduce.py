@@ -43,11 +43,11 @@ import running.quiet  # noqa: F401
 
 from attacks import check_names
 from cifar10_input import eval_examples, load_data
-from paper import plots
 from paper.cells import Evaluations, StoredEvaluations, networks
 from paper.published import NORM_SHAPING
 from paper.tables import TABLES, check_clean_samples, section, trainings_of
 from paper.trainings import train_if_missing
+from report import save_figure
 from running import UserError
 from running.devices import leave_gpus
 from running.files import replacing
@@ -94,7 +94,8 @@ def show(name, table, config, evaluations, folder):
         f.write(text)
     print(f'\n{text}\nWritten to {path}', flush=True)
     for plot, draw in table.plots.items():
-        path = plots.save(draw(config, evaluations), folder, plot)
+        path = os.path.join(folder, f'{plot}.png')
+        save_figure(draw(config, evaluations), path)
         print(f'Drawn: {path}', flush=True)
 
 

@@ -41,7 +41,7 @@ class TradesAttack(LinfPGDAttack):
         uniform = (tf.cast(bits, tf.float32) + 0.5) * 2. ** -22  # in (-1, 1)
         return x_nat + START_STDDEV * 2. ** 0.5 * tf.math.erfinv(uniform)
 
-    def target(self, x_nat, y, *given):
+    def reference(self, x_nat, y, *given):
         return self.logits(x_nat, *given)
 
     def loss(self, logits, logits_nat):

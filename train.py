@@ -40,6 +40,7 @@ from cifar10_input import augment, eval_examples, load_data
 from model import BEST, build_model, checkpoints, find_checkpoint
 from pgd_attack import LinfPGDAttack
 from running import UserError, brief
+from running.arriving import step_of
 from running.devices import (LOST, check_agreement, check_shares, divide_cpu, is_chief,
                              make_strategy, make_sum, num_workers, shares, uses_tensor_float_32)
 from running.outputs import Curves, Log, Pace, Profile, RunningMeans, Saver
@@ -699,7 +700,7 @@ def make_saver(config, model, optimizer, means, validation, start, newest, chief
     if replicas > 1:
         variables[NUM_REPLICAS] = tf.Variable(replicas)
     kept = [prefix for prefix in reversed(checkpoints(config['model_dir']))
-            if int(prefix.rpartition('-')[2]) <= start]
+            if step_of(prefix) <= start]
     saver = Saver(config['model_dir'], variables, kept, newest, chief)
     if start == 0:
         saver.save(0)

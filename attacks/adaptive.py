@@ -30,12 +30,12 @@ class AdaptivePGD(LinfPGDAttack):
         return self._graph(tf.cast(x_nat, tf.float32), tf.cast(y, tf.int64),
                            tf.cast(seed, tf.int64), None, tf.convert_to_tensor(drawn))
 
-    def gradient(self, x, target, drawn):
+    def gradient(self, x, y, drawn):
         total = tf.zeros_like(x)
         for one_draw in drawn:  # a loop of the graph's, one draw at a time in memory
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(x)
-                loss = self.loss(self.inference.logits(x, one_draw), target)
+                loss = self.loss(self.inference.logits(x, one_draw), y)
             total = added(total, tape.gradient(loss, x))
         return total
 

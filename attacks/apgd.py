@@ -140,7 +140,7 @@ class APGDAttack:
         n = tf.cast(len(drawn), tf.float32)
         return xent / n, share / n
 
-    def target(self, x, y, drawn, rank):
+    def target_class(self, x, y, drawn, rank):
         """Returns the target class of each sample, [b]: the rank-th most probable wrong one."""
         total = self.logits(x, drawn[0])
         for one_draw in drawn[1:]:
@@ -172,7 +172,7 @@ class APGDAttack:
         is_check, since_last = tf.constant(self.is_check), tf.constant(self.since_last)
         is_targeted = tf.constant([f.startswith('targeted') for f in self.loss_funcs])
         target = tf.cond(is_targeted[loss_func],
-                         lambda: tf.cast(self.target(start, y, drawn[0], rank), tf.int64),
+                         lambda: tf.cast(self.target_class(start, y, drawn[0], rank), tf.int64),
                          lambda: y)
         x = x_before = masked(self.initialize(x_nat, seed), start, active)
         loss, share, gradient = self.evaluate(x, y, target, drawn[0], loss_func)

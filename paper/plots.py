@@ -1,6 +1,4 @@
 """The plots beside the tables. Each function returns a matplotlib figure."""
-import os
-
 import numpy as np
 
 from doubts import is_transferred
@@ -8,23 +6,14 @@ from eval import WORST_IN_BALL
 from paper import formats
 from paper.cells import JUDGES, attacks_on, available, worst_cases_of
 from paper.curves import VALUES, courses
-from paper.published import (ADV_ONLY, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, NORM_SHAPING,
-                             PAPER_RATIOS, PAPER_TABLES, SHAPED, Training)
+from paper.published import (DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES, PAPER_RATIOS,
+                             PAPER_TABLES, SHAPED, Training)
 from paper.trainings import name_of
 from paper.variations import differences
 from report import pyplot
-from running.files import replacing
 
 COLOURS = ('tab:blue', 'tab:orange', 'tab:red')
-
-
-def save(figure, folder, name):
-    """Writes a figure to folder/NAME.png and closes it; returns the path."""
-    path = os.path.join(folder, f'{name}.png')
-    with replacing(path, 'wb') as f:
-        figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
-    pyplot().close(figure)
-    return path
+COLOUR = {DEFAULT: 'tab:blue', SHAPED: 'tab:red'}
 
 
 def tradeoff(adversary, config, evaluations):
@@ -69,7 +58,6 @@ def cost(config, evaluations):
     """Plots the accuracy that each direct attack leaves against the gradients that it may take."""
     figure, axes = pyplot().subplots(figsize=(6, 4))
     for training in available([DEFAULT, SHAPED], config, evaluations):
-        colour = {DEFAULT: 'tab:blue', SHAPED: 'tab:red'}[training]
         by_attack = attacks_on(training, config, evaluations)
         for inference, style in (('pn', '-'), ('bn_recorded', '--'), ('bn_shaping', ':')):
             found = [r for evaluation in by_attack.values() for r in evaluation['results']
@@ -79,7 +67,7 @@ def cost(config, evaluations):
                      and r['epsilon'] == config['epsilon']]
             line = {r['gradients']: r for r in sorted(found, key=lambda r: -r['accuracy'])}
             if line:
-                draw_line(axes, dict(sorted(line.items())), style, colour,
+                draw_line(axes, dict(sorted(line.items())), style, COLOUR[training],
                           f'{MODES[training.mode]}; {inference}')
     axes.set_xscale('log')
     axes.set(xlabel='gradients spent on an image, at most', ylabel='accuracy, %', ylim=(0, 100),
@@ -157,13 +145,13 @@ def sweep(key, config, points):
     figure, axes = pyplot().subplots(figsize=(6, 4))
     styles = {'pn': ('pgd, pn', '-'), 'bn_shaping': ('pgd, bn_shaping', '--'),
               'adaptive': ('adaptive_pgd, bn_shaping', ':')}
-    for colour, mode in zip(('tab:blue', 'tab:red'), (ADV_ONLY, NORM_SHAPING)):
-        name = name_of(Training('pgd', mode), config)
+    for training, colour in COLOUR.items():
+        name = name_of(training, config)
         for field, (label, style) in styles.items():
             line = {point.value: getattr(results, field) for point, results in points.items()
                     if (point.training, point.key) == (name, key) and getattr(results, field)}
             if line:
-                draw_line(axes, line, style, colour, f'{MODES[mode]}; {label}')
+                draw_line(axes, line, style, colour, f'{MODES[training.mode]}; {label}')
     axes.set_xscale('symlog' if key == 'epsilon' else 'log', base=2)
     x_labels = {
         'num_steps': f'PGD steps of {config["step_size"]:g}, epsilon {config["epsilon"]:g}',

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from model import BN_DECAY, build_model, checkpoints
+from running.arriving import step_of
 from train import make_adversary, make_optimizer, make_train_step
 
 NUM_BATCHES = 200  # of each rule but 'last batch'
@@ -102,7 +103,7 @@ def replay(data, config, wanted):
     model.decay = wanted.decay
     start = 0
     for prefix in checkpoints(config['model_dir']):  # the newest first
-        step = int(prefix.rpartition('-')[2])
+        step = step_of(prefix)
         if step <= goal - (NUM_REPLAYED if wanted.decay != BN_DECAY else 0):
             start = model.load_madry_checkpoint(prefix, optimizer)
             break

@@ -10,6 +10,7 @@ from config import SCHEMA
 from model import newest_intact
 from paper.published import ADV_ONLY
 from running import UserError
+from running.arriving import step_of
 from running.program import STOPPED, Terminated
 import train
 
@@ -105,7 +106,7 @@ def is_trained(of_training):
     """
     model_dir, steps = of_training['model_dir'], of_training['max_num_training_steps']
     newest = newest_intact(model_dir)
-    done = int(newest.rpartition('-')[2]) if newest else 0
+    done = step_of(newest) if newest else 0
     if done > steps:
         raise UserError(f'max_num_training_steps must be at least {done}, the steps that '
                         f'{model_dir} holds, got {steps}; or choose another model_dir')

@@ -142,10 +142,14 @@ def uses_tensor_float_32():
 
 
 def divide_cpu(count):
-    """Divides the CPU into `count` logical devices, before TensorFlow first uses it."""
+    """Divides the CPU into `count` logical devices, before TensorFlow first uses it.
+
+    They stand in for GPUs: where there are any, these are left alone.
+    """
     if not 1 <= count <= 64:
         raise UserError(f'--logical_cpus must be an integer, 1 to 64, got {count}')
     if count > 1:
+        tf.config.set_visible_devices([], 'GPU')
         cpu = tf.config.list_physical_devices('CPU')[0]
         tf.config.set_logical_device_configuration(
             cpu, [tf.config.LogicalDeviceConfiguration()] * count)

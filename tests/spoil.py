@@ -23,6 +23,7 @@ from config import load_config  # noqa: E402
 from running import UserError  # noqa: E402
 import kills  # noqa: E402
 from model import checkpoints, damage  # noqa: E402
+from running.arriving import step_of  # noqa: E402
 from running.resume import forget_steps  # noqa: E402
 import train  # noqa: E402
 
@@ -74,7 +75,7 @@ def outcome(folder, kind, step, before):
 def campaign(folder, kind, tries, seed=0):
     """Returns (Counter of outcomes, what went wrong) of so many tries."""
     rng, outcomes, wrong = random.Random(seed), collections.Counter(), []
-    step = int(checkpoints(folder)[0].rpartition('-')[2])
+    step = step_of(checkpoints(folder)[0])
     before = kills.weights(folder, step), load_config(f'{folder}/config.json'), kills.curves(folder)
     with open(file_of(folder, kind), 'rb') as f:
         raw = f.read()

@@ -191,7 +191,7 @@ def test_apgd_halves_its_step_where_it_finds_no_progress():
     """The loss peaks inside the ball: fixed steps of 2 epsilon would jump over it for ever."""
     peak = 3.3
     class Peak(apgd.APGDAttack):
-        def target(self, x, y, drawn, rank):
+        def target_class(self, x, y, drawn, rank):
             return y
 
         def evaluate(self, x, y, target, drawn, loss_func):
@@ -271,7 +271,7 @@ def test_targets_are_the_most_probable_wrong_classes(linear):
     z, drawn = model(tf.cast(images, tf.float32)).numpy(), tf.zeros([1, 1, 0], tf.int32)
     order = np.argsort(-z, 1)
     for rank in (1, 2):
-        target = attack.target(tf.cast(images, tf.float32), tf.constant(labels), drawn, rank)
+        target = attack.target_class(tf.cast(images, tf.float32), tf.constant(labels), drawn, rank)
         assert (target.numpy() == order[:, rank]).all()
 
 

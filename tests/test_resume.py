@@ -19,6 +19,7 @@ from conftest import CHECKPOINT, ROOT
 from cifar10_input import load_data
 from model import Model, checkpoints, damage, find_checkpoint
 from running import resume
+from running.arriving import step_of
 from running.resume import take_lock
 import spoil
 import train
@@ -282,7 +283,7 @@ def test_a_reader_that_is_gone_costs_nothing(tmp_path):
     process.stderr.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == STOPPED
-    newest = int(checkpoints(str(tmp_path))[0].rpartition('-')[2])
+    newest = step_of(checkpoints(str(tmp_path))[0])
     assert newest > 3 and kills.log(tmp_path)[-1]['step'] == newest - 1
 
 
