@@ -29,8 +29,9 @@ says and does not say:
     normalization, which is also the original's kernel.
   - It always runs in float32 and without XLA, as the original does. With mixed_bfloat16 or on a GPU
     the ratio is of our step as configured to the original's way, not of two like settings.
-  - It attacks every sample, as the original does. So do as many gradients all our training modes
-    but `natural`, which is refused here.
+  - It attacks every sample, as the original does. With attack_norms `batch`, all our training modes
+    compute as many gradients, but `natural`, which is refused here; with `fixed`, shaping in attack
+    and training computes fewer.
 
 torch: the same network, batch and step in PyTorch, eager, channels_last, as a PyTorch user would
 write it; with mixed_bfloat16, by autocast. (torch.compile was no faster on two CPU cores.)

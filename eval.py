@@ -2,8 +2,8 @@
 
     python eval.py --inference bn_shaping               # the newest checkpoint in model_dir
     python eval.py --model_dir DIR --attack all         # with the configuration stored in DIR
-    python eval.py --num_draws 10                       # what draws, under ten draws
-    python eval.py --checkpoint models/secret/checkpoint-70000 --inference pn
+    python eval.py --num_draws 10                       # bn_shaping and bn_recorded, ten draws each
+    python eval.py --checkpoint PREFIX --inference pn   # of the original, with config.json
     python eval.py --select best                        # the best checkpoint by validation images
     python eval.py --watch                              # each checkpoint of a training as it comes
     python eval.py --pictures samples.png               # with pictures of the first test images
@@ -12,7 +12,8 @@
 Prints a table and adds its rows to MODEL_DIR/eval/results.json (or --output PATH), where a row
 replaces its own former self only. TensorBoard summaries are written beside it. Stopped and started
 again with the same command, it resumes after the last finished batch; until the rows are written,
-such batches are kept in MODEL_DIR/eval/unfinished, which may be removed at any time.
+such batches are kept in MODEL_DIR/eval/unfinished, which may be removed at any time. With --output
+PATH they are in PATH.unfinished, and there are no summaries.
 """
 from datetime import datetime
 import os

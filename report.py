@@ -128,21 +128,23 @@ def print_comparison(paths):
         for row in sorted(rows, key=lambda row: (row['num_examples'], date_of(row))):
             key = row['attack'], row['inference'], json.dumps(compared(row), sort_keys=True)
             lines.setdefault(key, {})[number] = row
-    print('Accuracy in %, [95% Wilson interval], number of test images. A dash: not evaluated')
+    print('Accuracy in %, [95% Wilson interval], t where transferred, number of test images. A '
+          'dash: not evaluated')
     print(*sources, sep='\n')
     if len({row.get('data') for rows in columns for row in rows}) > 1:
         print('Not all of these are of the same images')
     label = {key: ', '.join([*key[:2], *differences(key, lines)]) for key in ordered(lines)}
     width = max(len(text) for text in label.values())
-    print(' ' * width + ''.join(f'({number})'.rjust(30) for number in range(1, len(paths) + 1)))
+    print(' ' * width + ''.join(f'({number})'.rjust(32) for number in range(1, len(paths) + 1)))
     for key, text in label.items():
         cells = [lines[key].get(number) for number in range(len(paths))]
         print(text.ljust(width) + ''.join(in_column(row) for row in cells))
 
 
 def in_column(row):
-    """Returns a cell of a comparison, 30 characters."""
-    return (f'{shown(row)} {row["num_examples"]:>6}' if row else '-').rjust(30)
+    """Returns a cell of a comparison, 32 characters."""
+    transferred = 't' if row and 'transferred' in row.get('flags', ()) else ' '
+    return (f'{shown(row)} {transferred}{row["num_examples"]:>7}' if row else '-').rjust(32)
 
 
 def results_file(path):

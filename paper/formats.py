@@ -33,12 +33,12 @@ def difference(value, interval):
 
 
 def against(ours, theirs):
-    """Returns two cells: how far clean and robust accuracy are from the default's, in points.
+    """Returns two cells: how far clean and robust accuracy are from another training's, in points.
 
     Args:
         ours, theirs: (clean, robust), which samples were right, as paired_difference takes them;
-            theirs is None where the default is not stored. Both cells are '' then, and in the
-            default's own row.
+            theirs is None where the other is not stored. Both cells are '' then, and in the
+            other's own row.
     """
     if theirs is None or theirs is ours:
         return ['', '']

@@ -14,9 +14,9 @@ from paper.cells import (JUDGES, attacks_on, available, from_digits, result_of, 
                          right_of, worst_cases_of)
 from paper.intervals import paired_difference
 from paper.population_norms import RULES
-from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, INFERENCE_RATIOS, INFERENCES, MODES,
-                             NORM_SHAPING, PAPER_ADAPTIVE, PAPER_RATIOS, PAPER_TABLES, SHAPED,
-                             Training)
+from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, IN_TRAINING, INFERENCE_RATIOS, INFERENCES,
+                             MODES, NORM_SHAPING, PAPER_ADAPTIVE, PAPER_RATIOS, PAPER_TABLES,
+                             SHAPED, Training)
 from paper.trainings import config_of, name_of
 from running import UserError
 from shaping import num_clean
@@ -126,27 +126,29 @@ def table4_rows(config, evaluations):
 
 
 def summary_rows(config, evaluations):
-    """Returns clean and robust accuracy of each training, and how far both are from the default's.
+    """Returns clean and robust accuracy of each training, and how far both are from two others'.
 
     Robust: the worst case in the ball over all attacks of Tables I and II that were run on all
-    images. The default: adversarial-only training by the same adversary, judged by pn.
+    images. The others, by the same adversary and judged by pn: adversarial-only training, the
+    default; and shaping in training alone, the simple mix (see claims.NOTE).
     """
     all_attacks = {training: attacks_on(training, config, evaluations) for training in available(
         [Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES], config,
         evaluations)}
-    found, of_default, rows = [], {}, []
+    found, judged_by_pn, rows = [], {}, []
     for training, by_attack in all_attacks.items():
         for worst in worst_cases_of(by_attack, config):
             inference, clean = worst['inference'], by_attack['clean']
             if worst['attack'] == WORST_IN_BALL:
                 right = right_in_draws(clean, inference), from_digits(worst['right'][0])[None]
                 found.append((training, result_of(clean, inference), worst, right))
-                if (training.mode, inference) == (ADV_ONLY, 'pn'):
-                    of_default[training.adversary] = right
+                if inference == 'pn':
+                    judged_by_pn[training.adversary, training.mode] = right
     for training, clean, worst, right in found:
         rows.append([f'`{name_of(training, config)}`', f'`{worst["inference"]}`',
                      formats.accuracy(clean), formats.share(worst['accuracy'], worst['interval']),
-                     *formats.against(right, of_default.get(training.adversary))])
+                     *(cell for mode in (ADV_ONLY, IN_TRAINING) for cell in formats.against(
+                         right, judged_by_pn.get((training.adversary, mode))))])
     return rows
 
 
@@ -287,10 +289,12 @@ TABLES = {
     'summary': Table(
         'Clean and robust accuracy',
         tuple(Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES),
-        ['training', 'inference', 'clean', 'robust', 'against the default: clean', 'robust'],
+        ['training', 'inference', 'clean', 'robust', 'against the default: clean', 'robust',
+         'against the simple mix: clean', 'robust'],
         summary_rows, FIRST + '; accuracy in %, [95% Wilson intervals]; robust: the worst case in '
         'the ball over all attacks on all of these images; the default: adversarial-only training '
-        'by the same adversary, judged by `pn`' + DIFFERENCES,
+        'by the same adversary, judged by `pn`; the simple mix: shaping in training alone, likewise'
+        + DIFFERENCES,
         checks=(check_shaping_attack,), shows=has_clean),
     'table1': Table(
         'Table I: PGD-based adversarial training',

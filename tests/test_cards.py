@@ -39,6 +39,15 @@ def test_classify_answers_where_there_are_no_images(name):
     assert num_recordings == 100 and sum(right) >= 0.75 * len(known)
 
 
+@pytest.mark.parametrize('name', MODELS)
+def test_released_weights_are_evaluated_with_the_budget_of_their_results(name):
+    ours = load_config(os.path.join(ROOT, name, 'config.json'))
+    _, group, _ = name.split(os.sep)
+    theirs = load_config(os.path.join(ROOT, 'configs', f'{group}.json'))
+    for key in ('num_eval_examples', 'apgd_num_steps', 'num_restarts', 'num_attack_examples'):
+        assert ours[key] == theirs[key]
+
+
 def test_the_weights_are_small():
     sizes = [os.path.getsize(os.path.join(folder, file))
              for folder, _, files in os.walk(os.path.join(ROOT, 'weights')) for file in files]

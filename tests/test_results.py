@@ -295,17 +295,18 @@ def results_of(path, step=7, checkpoint='m/checkpoint', **rows):
 
 def test_several_results_are_printed_side_by_side(tmp_path, capsys):
     results_of(tmp_path / 'a/eval/results.json', pgd=(0.5, {'num_steps': 10}), clean=(0.9, {}))
-    results_of(tmp_path / 'b.json', pgd=(0.4, {'num_steps': 20}),
+    results_of(tmp_path / 'b.json', pgd=(0.4, {'num_steps': 20, 'flags': ['transferred']}),
                clean=(0.8, {'num_examples': 500}))
     print_comparison([str(tmp_path / 'a'), str(tmp_path / 'b.json')])
     assert capsys.readouterr().out.splitlines() == [
-        'Accuracy in %, [95% Wilson interval], number of test images. A dash: not evaluated',
+        'Accuracy in %, [95% Wilson interval], t where transferred, number of test images. A dash: '
+        'not evaluated',
         f'(1) {tmp_path}/a/eval/results.json, step 7', f'(2) {tmp_path}/b.json, step 7',
-        ' ' * 21 + ' ' * 27 + '(1)' + ' ' * 27 + '(2)',
-        'clean, pn            ' + '90.00 [87.00, 93.00]   1000'.rjust(30)
-        + '80.00 [77.00, 83.00]    500'.rjust(30),
-        'pgd, pn, num_steps=10' + '50.00 [47.00, 53.00]   1000'.rjust(30) + '-'.rjust(30),
-        'pgd, pn, num_steps=20' + '-'.rjust(30) + '40.00 [37.00, 43.00]   1000'.rjust(30)]
+        ' ' * 21 + '(1)'.rjust(32) + '(2)'.rjust(32),
+        'clean, pn            ' + '90.00 [87.00, 93.00]     1000'.rjust(32)
+        + '80.00 [77.00, 83.00]      500'.rjust(32),
+        'pgd, pn, num_steps=10' + '50.00 [47.00, 53.00]     1000'.rjust(32) + '-'.rjust(32),
+        'pgd, pn, num_steps=20' + '-'.rjust(32) + '40.00 [37.00, 43.00] t   1000'.rjust(32)]
 
 
 def test_a_comparison_shows_the_last_runs_checkpoint(run, tmp_path, capsys):
