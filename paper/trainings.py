@@ -37,6 +37,11 @@ def longer(config, times):
                                    for step, rate in config['step_size_schedule']]}
 
 
+def one_step(config):
+    """Returns the changed keys of a training whose attack is FGSM: one step, from the image."""
+    return {'num_steps': 1, 'step_size': config['epsilon'], 'random_start': False}
+
+
 # What may differ from the trainings of the tables: {name: configuration -> changed keys}. The table
 # `variations` has them; their names are part of what kept numbers are known by.
 VARIANTS = {
@@ -51,8 +56,8 @@ VARIANTS = {
     'other_norms': lambda config: {
         'attack_norms': 'fixed' if config['attack_norms'] == 'batch' else 'batch'},
     'bfloat16': lambda config: {'precision': 'mixed_bfloat16'},
-    'one_step': lambda config: {'num_steps': 1, 'step_size': config['epsilon'],
-                                'random_start': False},
+    'one_step': one_step,
+    'width4_one_step': lambda config: one_step(config) | {'width_factor': 4},
 }
 
 
