@@ -410,7 +410,7 @@ TABLES = {
         variations.TRAININGS,
         variations.HEADER, variations.variation_rows, ACCURACY + DIFFERENCES,
         variations.MAX_EXAMPLES, variations.NOTE, plots={'variations_gap': plots.gaps},
-        checks=(variations.check_steps,), apart=True),
+        checks=(variations.check_steps,), apart=True, shows=variations.is_shown),
     'crossed': Table(
         "A mistake that would make numbers like the paper's",
         variations.CROSSED,

@@ -93,6 +93,11 @@ def variation_rows(config, evaluations):
         f'{100 * (paper["pgd"][shaped] - paper["pgd"][pn]):+.1f}', '', '']]
 
 
+def is_shown(of_training):
+    """Returns whether a training has a row. What natural training makes is kept with its target."""
+    return of_training.has() or of_training.config['training_mode'] == NATURAL
+
+
 def differences(config, evaluations):
     """Returns {what is varied, to which value: (difference, interval)} of the rows, for a plot."""
     found = {}
