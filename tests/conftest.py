@@ -111,7 +111,8 @@ def small_config():
                                     'training_batch_size=16', 'num_steps=2', 'eval_batch_size=20',
                                     'num_eval_examples=50', 'step_size_schedule=[[0, 0.1]]',
                                     'apgd_num_steps=3', 'eot_draws=2', 'num_restarts=1',
-                                    'square_queries=20', 'num_recordings=5'])
+                                    'square_queries=20', 'num_recordings=5', 'recorded_samples=20',
+                                    'shaping_batch_size=20', 'inference_shaping_ratio=3'])
         return {**config, **settings}
     return make
 

@@ -127,7 +127,7 @@ def test_hopskipjump_leaves_what_has_no_start_and_refuses_shared_norms(
     assert (attack(0, 6).numpy() == images).all()
     for mode, size, coupled in (('bn', 10, True), ('bn_shaping', 20, True),
                                 ('bn_shaping', 10, False)):
-        config = small_config(shaping_batch_size=size)
+        config = small_config(shaping_batch_size=size, inference_shaping_ratio=9)
         inference = make_inference(small_model, mode, data, config)
         if coupled:
             with pytest.raises(Coupled, match=f'under {mode} the images of a batch share their'):
@@ -229,8 +229,7 @@ def adaptive_examples(inference, data, config, num_draws):
 @pytest.mark.parametrize('name', ['adaptive_pgd', 'adaptive_weak'])
 def test_adaptive_goes_through_what_answers_and_weak_through_another_draw(
         small_model, small_config, data, name, mode, num_draws):
-    config = small_config(random_start=False, shaping_batch_size=30, num_recordings=5,
-                          recorded_samples=4)
+    config = small_config(random_start=False, recorded_samples=4)
     inference = make_inference(small_model, mode, data, config)
     attack, settings = make_attack(name, small_model, data, config, num_draws, inference)
     agreement = (attack(20, 40).numpy() == adaptive_examples(
@@ -312,7 +311,8 @@ def test_adaptive_is_as_strong_as_pgd_through_any_inference(learned, small_confi
     """At an epsilon where some images are beaten and some are not."""
     model, data = learned
     config = small_config(num_recordings=5, apgd_num_steps=6, num_steps=4, num_restarts=1,
-                          num_eval_examples=20, shaping_batch_size=size, epsilon=3., step_size=1.)
+                          num_eval_examples=20, shaping_batch_size=size, epsilon=3., step_size=1.,
+                          inference_shaping_ratio=9, recorded_samples=90)
     inference = make_inference(model, mode, data, config)
     labels = data.eval_data.ys[:20]
     def right(x):
@@ -340,7 +340,8 @@ def test_an_image_that_is_wrong_is_not_attacked_where_images_do_not_share_norms(
 def test_in_a_shared_batch_the_whole_mixture_is_judged(learned, small_config):
     """Each run either improves what the batch answers as a whole, or is dropped."""
     model, data = learned
-    config = small_config(num_eval_examples=20, shaping_batch_size=50, epsilon=3.)
+    config = small_config(num_eval_examples=20, shaping_batch_size=50, inference_shaping_ratio=9,
+                          epsilon=3.)
     shaped = make_inference(model, 'bn_shaping', data, config)
     part, = shaped.parts(20)
     drawn = shaped.drawn(part, shaped.known(0))[None]
@@ -526,7 +527,8 @@ def test_square_meets_a_fresh_draw_at_every_query(small_model, small_config, dat
         tf.py_function(lambda numbers: seen.append(tuple(numbers.numpy()[0])), [drawn], [])
         return original(self, images, drawn)
     monkeypatch.setattr(ShapedInference, 'logits', logits)
-    config = small_config(shaping_batch_size=10, square_queries=7, num_eval_examples=1)
+    config = small_config(shaping_batch_size=10, inference_shaping_ratio=9, square_queries=7,
+                          num_eval_examples=1)
     attack, settings = make_attack('square', small_model, data, config)
     attack(0, 1)
     assert len(seen) == len(set(seen)) == 7 and settings['norms'] == 'bn_shaping'

@@ -63,7 +63,7 @@ def test_what_is_kept_is_not_done_again(small_model, data, config, tmp_path, mon
 def test_the_planted_example_is_a_corner_of_the_ball_and_each_image_has_its_own(
         small_model, data, config, mode, knows):
     """Whatever images are left out and however a call is divided, each meets its own readout."""
-    config |= {'shaping_batch_size': 10}
+    config |= {'shaping_batch_size': 10, 'inference_shaping_ratio': 9}
     binary = BinaryInference(make_inference(FeatureModel(small_model), mode, data, config), 3,
                              small_model.filters[-1])
     x = data.eval_data.xs[:3].astype(np.float32)

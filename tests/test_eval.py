@@ -10,8 +10,9 @@ from attacks import ATTACKS, DIRECT, hopskipjump, make_attack, random_search
 from running import UserError
 from config import choice
 import doubts
+import eval as eval_program
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
-                  check_attack, evaluate, wilson_interval)
+                  check_attack, evaluate, lost_iterates, wilson_interval)
 from report import print_table
 from shaping import FORMS, INFERENCE_MODES, Inference
 
@@ -90,10 +91,10 @@ def test_results_hold_every_cell_and_the_stated_fields(
         assert r['num_examples'] == (20 if on_few else 50)
         assert r['interval'][0] <= r['accuracy'] <= r['interval'][1]
         assert [of_draw.count('1') / len(of_draw) for of_draw in r['right']] == [r['accuracy']]
-        assert r['number_forward_passes'] == (10 if r['inference'] == 'bn_shaping' else 1)
+        assert r['number_forward_passes'] == (4 if r['inference'] == 'bn_shaping' else 1)
     assert cells['pgd', 'pn']['epsilon'] == 8 and cells['pgd', 'pn']['norms'] == 'pn'
     assert cells['deepfool', 'bn']['num_fooled'] > 0 and cells['deepfool', 'bn']['median_l2'] > 0
-    assert cells['adaptive', 'bn_shaping']['shaping_batch_size'] == 100
+    assert cells['adaptive', 'bn_shaping']['shaping_batch_size'] == 20
     assert cells['pgd', 'bn_recorded']['num_recordings'] == 5
     for mode in INFERENCE_MODES:  # each is judged by the norms that it goes through
         for attack in set(DIRECT) & set(attacks):
@@ -107,7 +108,7 @@ def test_results_hold_every_cell_and_the_stated_fields(
         assert ('random answer' in cells['clean', mode]['flags']) == (mode in FORMS)
     # What an example costs: image gradients, or queries
     assert cells['pgd', 'bn']['gradients'] == 2 and cells['square', 'bn']['queries'] == 5
-    assert cells['adaptive_pgd', 'bn_shaping']['gradients'] == 20
+    assert cells['adaptive_pgd', 'bn_shaping']['gradients'] == 8
     assert cells['adaptive', 'bn_recorded']['gradients'] == 3 * 3
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
 
@@ -266,6 +267,28 @@ def test_an_attack_that_has_not_converged_is_flagged(data, small_config):
         return check_attack('adaptive_pgd', None, data, of_run, ('pn', None), inference,
                             right[None], 1)
     assert flags(num_steps=1) == ['more steps'] and flags(num_steps=40) == []
+
+
+def test_an_image_that_pgd_had_fooled_and_then_lost_is_named():
+    """Four images in four steps: one never fooled, one lost at once, one lost late, one at last."""
+    right_after = {1: [1, 0, 1, 1], 2: [1, 1, 1, 1], 3: [1, 1, 0, 1]}
+    last = np.array([[1, 1, 1, 0]], bool)
+    lost = lost_iterates(lambda changed: np.array([right_after[changed['num_steps']]], bool), last,
+                         {'num_steps': 4})
+    assert lost.tolist() == [False, True, True, False]
+
+
+def test_a_program_with_check_flags_an_attack_that_has_not_converged(
+        small_model, small_config, data, monkeypatch):
+    """--check asks for it, and is not asked for without it."""
+    asked = []
+    monkeypatch.setattr(eval_program, 'check_attack',
+                        lambda name, *_: asked.append(name) or ['lost iterates'])
+    config = small_config(num_eval_examples=20)
+    for check in (False, True):
+        row = evaluate(small_model, data, config, ['pgd'], ['pn'], check=check)[-1]
+        assert row['attack'] == 'pgd' and asked == ['pgd'] * check
+        assert ('lost iterates' in row['flags']) == check == row['unreliable']
 
 
 def test_draws_give_mean_spread_and_what_is_right_under_all(judged):

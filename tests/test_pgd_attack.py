@@ -33,6 +33,15 @@ def test_the_graph_does_what_a_plain_numpy_loop_does(small_model, batch):
     assert np.mean(np.abs(x_adv - x) < 1e-3) > 0.999
 
 
+def test_a_configuration_makes_the_attack_that_it_describes(small_model, small_config, batch):
+    config = small_config(epsilon=6., num_steps=3, step_size=3., random_start=False, loss_func='cw')
+    ours = LinfPGDAttack.from_config(small_model, config).perturb(*batch, seed=0).numpy()
+    expected = LinfPGDAttack(small_model, 6, 3, 3, False, 'cw').perturb(*batch, seed=0).numpy()
+    assert (ours == expected).all()
+    by_xent = LinfPGDAttack(small_model, 6, 3, 3, False, 'xent').perturb(*batch, seed=0).numpy()
+    assert (ours != by_xent).mean() > 0.01
+
+
 def test_examples_stay_in_the_ball_and_in_the_pixel_range(small_model, batch):
     attack = LinfPGDAttack(small_model, 8, 7, 5, True, 'cw')
     x_adv = attack.perturb(*batch, seed=1).numpy()

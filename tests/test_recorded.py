@@ -7,7 +7,6 @@ import tensorflow as tf
 from config import TRAINING_MODES
 from conftest import attacked_batch
 from model import BN_EPSILON, Model, mixed_norm
-from pgd_attack import LinfPGDAttack
 from running import UserError
 from shaping import RecordedInference, make_inference, record_norms
 import train
@@ -178,8 +177,10 @@ def test_too_few_clean_images_are_refused(small_model, data):
 
 
 def test_make_inference_makes_it_of_the_configuration(small_model, small_config, data, batch):
-    config = small_config(num_recordings=3, recorded_samples=10)
+    config = small_config(num_recordings=3, recorded_samples=10, inference_shaping_ratio=4)
     classify = make_inference(small_model, 'bn_recorded', data, config)
-    assert classify(batch[0], 0).shape == (16, 10) and classify.num_recordings == 3
-    assert LinfPGDAttack(small_model, 8, 1, 2, True, 'xent').logits(
-        tf.cast(batch[0], tf.float32)).shape == (16, 10)
+    seed = config['np_random_seed']
+    expected = RecordedInference(
+        small_model, record_norms(small_model, data.train_data.xs, 3, 10, seed), 4, seed)
+    np.testing.assert_allclose(classify(batch[0], 0), expected(batch[0], 0), atol=1e-5)
+    assert classify.num_recordings == 3

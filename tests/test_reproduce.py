@@ -22,6 +22,7 @@ from paper.published import (ADV_ONLY, CLOSE, INFERENCE_RATIOS, INFERENCES, MODE
 from paper.tables import TABLES
 from paper.trainings import config_of, train_if_missing
 from pgd_attack import LinfPGDAttack
+import reproduce
 from running import UserError
 from running.unfinished import data_digest
 from shaping import INFERENCE_MODES
@@ -101,8 +102,8 @@ def test_train_py_is_told_what_differs_from_the_command_line(tmp_path, small_con
 @pytest.fixture
 def evaluations(tmp_path, small_model, small_config, data):
     """The evaluations of a training whose model is the untrained small one."""
-    config = small_config(num_eval_examples=20, model_dir=str(tmp_path),
-                          max_num_training_steps=7)
+    config = small_config(num_eval_examples=20, model_dir=str(tmp_path), max_num_training_steps=7,
+                          inference_shaping_ratio=9, shaping_batch_size=100)  # Table IV has 49:1
     small_model.save_madry_checkpoint(tmp_path / 'checkpoint-7', global_step=7)
     return Evaluations('pgd_adv_only', config, data, data_digest(data), small_model,
                        str(tmp_path / 'cells'))
@@ -114,27 +115,31 @@ def test_an_evaluation_is_computed_once_and_again_only_for_other_settings(evalua
     original = cells.evaluate_attack
     monkeypatch.setattr(cells, 'evaluate_attack',
                         lambda *args, **named: counted.append(args[0]) or original(*args, **named))
-    first = evaluations.attack('pgd')
-    assert evaluations.attack('pgd') == first and counted == ['pgd']
+    first = evaluations.attack('pgd', ('pn',))
+    assert evaluations.attack('pgd', ('pn',)) == first and counted == ['pgd']
     evaluations.config = {**evaluations.config, 'model_dir': 'moved', 'num_output_steps': 7,
                           'apgd_num_steps': 9, 'num_attack_examples': {'cw': 3}}  # none is PGD's
-    assert evaluations.attack('pgd') == first and counted == ['pgd']
-    assert evaluations.attack('pgd', num_steps=1) != first and len(counted) == 2
+    assert evaluations.attack('pgd', ('pn',)) == first and counted == ['pgd']
+    assert evaluations.attack('pgd', ('pn',), num_steps=1) != first and len(counted) == 2
     evaluations.config = {**evaluations.config, 'num_attack_examples': {'pgd': 3}}
-    assert evaluations.attack('pgd')['results'][0]['num_examples'] == 3 and len(counted) == 3
+    few = evaluations.attack('pgd', ('pn',))
+    assert few['results'][0]['num_examples'] == 3 and len(counted) == 3
     right = first['right'][0]
     assert right.count('1') / 20 == first['results'][0]['accuracy'] and len(right) == 20
     assert len(os.listdir(evaluations.folder)) == 3
 
 
 def test_stored_evaluations_give_the_same_numbers_without_weights_or_images(evaluations):
-    clean, pgd = evaluations.attack('clean'), evaluations.attack('pgd', num_steps=1)
+    clean = evaluations.attack('clean', ('pn',))
+    pgd = evaluations.attack('pgd', ('pn',), num_steps=1)
     stored = StoredEvaluations(evaluations.name, evaluations.config, evaluations.folder)
-    assert stored.attack('clean') == clean and stored.attack('pgd', num_steps=1) == pgd
+    assert stored.attack('clean', ('pn',)) == clean
+    assert stored.attack('pgd', ('pn',), num_steps=1) == pgd
     with pytest.raises(UserError, match='holds no pgd-num_steps-3 of pgd_adv_only'):
-        stored.attack('pgd', num_steps=3)
+        stored.attack('pgd', ('pn',), num_steps=3)
+    other = StoredEvaluations('pgd_shaping', evaluations.config, evaluations.folder)
     with pytest.raises(UserError, match='holds no clean of pgd_shaping'):
-        StoredEvaluations('pgd_shaping', evaluations.config, evaluations.folder).attack('clean')
+        other.attack('clean', ('pn',))
 
 
 def test_transferred_examples_are_judged_under_several_draws(evaluations):
@@ -398,11 +403,11 @@ def test_other_population_norms_are_another_evaluation_and_leave_the_model(evalu
 
 def test_stored_evaluations_of_two_models_are_refused(evaluations):
     """A training that was made anew, say, whose evaluations lie beside the old ones."""
-    evaluations.attack('clean')
-    evaluations.attack('fgsm')
+    evaluations.attack('clean', ('pn',))
+    evaluations.attack('fgsm', ('pn',))
     folder = Path(evaluations.folder)
     stored = StoredEvaluations(evaluations.name, evaluations.config, str(folder))
-    assert stored.attack('clean') == evaluations.attack('clean')
+    assert stored.attack('clean', ('pn',)) == evaluations.attack('clean', ('pn',))
     path, = folder.glob('*-clean-*.json')
     other = json.loads(path.read_text())
     other['identity'][2] = 'other weights'
@@ -417,9 +422,9 @@ def test_a_stop_in_the_middle_of_an_evaluation_leaves_none(evaluations, monkeypa
     with monkeypatch.context() as m:
         m.setattr(cells, 'evaluate_attack', stopped)
         with pytest.raises(KeyboardInterrupt):
-            evaluations.attack('clean')
+            evaluations.attack('clean', ('pn',))
     assert not os.path.exists(evaluations.folder) or os.listdir(evaluations.folder) == []
-    assert evaluations.attack('clean')['results']
+    assert evaluations.attack('clean', ('pn',))['results']
 
 
 def test_ratios_are_judged_one_by_one_and_none_at_all_is_the_batch_itself(evaluations):
@@ -439,10 +444,10 @@ def test_ratios_are_judged_one_by_one_and_none_at_all_is_the_batch_itself(evalua
 
 
 def test_other_weights_or_images_are_other_evaluations(evaluations, data, small_model):
-    before = evaluations.attack('clean')
+    before = evaluations.attack('clean', ('pn',))
     def again():
         return Evaluations(evaluations.name, evaluations.config, data, data_digest(data),
-                           small_model, evaluations.folder).attack('clean')
+                           small_model, evaluations.folder).attack('clean', ('pn',))
     assert again() == before
     data.eval_data.xs[0, 0, 0, 0] ^= 1
     assert again() != before
@@ -568,7 +573,8 @@ def test_a_table_is_made_from_nothing_and_of_what_is_stored(target, evaluations,
     monkeypatch.setattr(headline, 'FULL_BUDGET', {'apgd_num_steps': 3, 'num_restarts': 2})
     monkeypatch.setattr(Evaluations, 'num_test_images', lambda _: 40)  # of 2,000
     evaluations.config['apgd_num_steps'] = 2
-    monkeypatch.setattr(tables, 'RULES', dict([*population_norms.RULES.items()][:3]))
+    monkeypatch.setattr(tables, 'RULES', {rule: population_norms.RULES[rule]
+                                          for rule in ('trained', 'last batch')})
     table, config = TABLES[target], evaluations.config
     names = tables.trainings_of([table], config)
     made = tables.section(table, config, dict.fromkeys(names, evaluations))
@@ -586,30 +592,49 @@ def test_a_table_is_made_from_nothing_and_of_what_is_stored(target, evaluations,
         assert plot(config, dict.fromkeys(names, stored)).axes
 
 
-@pytest.mark.parametrize('arguments, settings, fault', [
-    ([], [], 'nothing to reproduce; expected one or more of headline, summary'),
-    (['table5'], [], "'table5' is none of headline, summary, table1, table2, table3, table4, "
-                     'confoundings, shifts, sweeps, seeds, norms, gap, transfer, neighbours, '
-                     'checks, scales, binarization, curves, gallery, variations, crossed, claims, '
-                     'all'),
-    (['table1'], ['training_mode=natural'], 'training_mode must be shaping_in_attack_and_training '
-     'and adversary pgd, as the tables vary them, got natural and pgd'),
-    (['gap'], ['shaping_batch_size=5560', 'eval_batch_size=1000'],
-     'shaping_batch_size is 5560, 5004 of them clean '
-     'samples at 9:1; expected at most 5000, half the training images'),
-    (['table1'], ['num_attack_examples={"cww": 5}'], "num_attack_examples holds 'cww'; expected"),
-    (['table1'], ['num_eval_examples=2001'], 'num_eval_examples is 2001; expected at most 2000'),
-    (['table4'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and Table IV asks for 49:1'),
-    (['claims'], ['shaping_batch_size=40'], 'shaping_batch_size is 40, and Table IV asks for 49:1'),
-    (['table2'], ['eval_batch_size=22'], 'eval_batch_size is 22, shaping_ratio 3: .* 20 or 24'),
-    (['confoundings'], ['num_eval_examples=15'], 'num_eval_examples must be at least '
-     'training_batch_size, 16, got 15'),
-    (['confoundings'], ['epsilon=0'], 'epsilon must be above 0, or there is no perturbation .*0')])
-def test_mistakes_are_told_in_one_line(arguments, settings, fault, tmp_path):
+@pytest.mark.parametrize('arguments, fault', [
+    ([], 'nothing to reproduce; expected one or more of headline, summary'),
+    (['table5'], "'table5' is none of headline, summary, table1, table2, table3, table4, "
+                 'confoundings, shifts, sweeps, seeds, norms, gap, transfer, neighbours, '
+                 'checks, scales, binarization, curves, gallery, variations, crossed, claims, '
+                 'all'),
+    (['table4', '--set=shaping_batch_size=40'],
+     'shaping_batch_size is 40, and Table IV asks for 49:1')])
+def test_mistakes_are_told_in_one_line(arguments, fault, tmp_path):
     status, _, errors = program('reproduce.py', *arguments, settings=[
-        *TINY, f'model_dir={tmp_path}/m', *settings])
-    assert status == 2 and len(errors) == 1 and re.search(fault, errors[0])
+        *TINY, f'model_dir={tmp_path}/m'])
+    assert status == 2 and len(errors) == 1 and fault in errors[0]
     assert not (tmp_path / 'm').exists()
+
+
+@pytest.mark.parametrize('settings', [{'training_mode': 'natural'}, {'adversary': 'trades'}])
+def test_the_tables_vary_norm_shaping_by_pgd(settings, small_config, monkeypatch):
+    monkeypatch.setattr(reproduce, 'config_from_flags', lambda: small_config(**settings))
+    with pytest.raises(UserError, match='training_mode must be shaping_in_attack_and_training and '
+                                        'adversary pgd, as the tables vary them, got'):
+        reproduce.read_config(None)
+
+
+@pytest.mark.parametrize('target, settings, fault', [
+    ('gap', {'shaping_batch_size': 160}, 'shaping_batch_size is 160, 120 of them clean samples at '
+     '3:1; expected at most 100, half the training images'),
+    ('table1', {'num_eval_examples': 61}, 'num_eval_examples is 61; expected at most 60'),
+    ('claims', {'shaping_batch_size': 40}, 'shaping_batch_size is 40, and Table IV asks for 49:1'),
+    ('table2', {'eval_batch_size': 22}, 'eval_batch_size is 22, shaping_ratio 3: .* 20 or 24'),
+    ('confoundings', {'num_eval_examples': 15}, 'num_eval_examples must be at least '
+     'training_batch_size, 16, got 15'),
+    ('confoundings', {'epsilon': 0.}, 'epsilon must be above 0, or there is no perturbation .*0')])
+def test_what_would_fail_after_the_trainings_is_told_before(
+        target, settings, fault, small_config, data):
+    with pytest.raises(UserError, match=fault):
+        reproduce.check({target: TABLES[target]}, small_config(**settings), data)
+
+
+def test_an_attack_that_is_not_there_is_named(small_config, monkeypatch):
+    config = small_config(num_attack_examples={'cww': 5})
+    monkeypatch.setattr(reproduce, 'config_from_flags', lambda: config)
+    with pytest.raises(UserError, match="num_attack_examples holds 'cww'; expected"):
+        reproduce.read_config(None)
 
 
 def test_scales_show_each_training_and_scale_and_are_kept(evaluations, monkeypatch):

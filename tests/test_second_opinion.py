@@ -3,6 +3,8 @@ import foolbox
 import numpy as np
 import tensorflow as tf
 
+from attacks import make_attack
+from cifar10_input import CIFAR10Data
 from pgd_attack import LinfPGDAttack
 from second_opinion import foolbox_attack, pgd_eot, under_fresh_draws
 from shaping import make_inference
@@ -18,9 +20,12 @@ def test_foolboxs_pgd_makes_the_same_images(madry_model, golden):
     assert np.mean(ours.numpy() == x_adv.numpy()) >= 0.99
 
 
-def test_foolboxs_fgsm_makes_the_same_images(madry_model, golden):
+def test_foolboxs_fgsm_makes_the_same_images(madry_model, golden, small_config):
     x_nat, y = tf.cast(golden['images'], tf.float32), tf.constant(golden['labels'])
-    ours = LinfPGDAttack(madry_model, 16, 1, 16, False, 'xent', training=False).perturb(x_nat, y, 0)
+    images = golden['images'], golden['labels'].astype(int)
+    attack, _ = make_attack('fgsm', madry_model, CIFAR10Data(images, images, list('0123456789')),
+                            small_config(num_eval_examples=len(y)))
+    ours = attack(0, len(y))
     theirs = foolbox.attacks.LinfFastGradientAttack(random_start=False)
     fmodel = foolbox.TensorFlowModel(lambda x: madry_model(x, training=False), bounds=(0, 255),
                                      device='/CPU:0')

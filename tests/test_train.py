@@ -66,6 +66,26 @@ def test_optimizer_does_what_tensorflow_1s_does_across_changes_of_the_rate():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+@pytest.mark.parametrize('mode', ['natural', 'shaping_in_attack_and_training'])
+def test_the_update_is_the_rate_times_the_gradient_of_the_mean_loss_and_of_weight_decay(
+        small_model, small_config, batch, mode):
+    """Written out, and decay on kernels alone; without a ball, the attack changes nothing."""
+    config = small_config(training_mode=mode, epsilon=0., weight_decay=0.1)
+    _, x, labels = attacked_batch(small_model, config, batch, 0, update_population_norms=False)
+    weights = {name: v for name, v in small_model.variables_by_name.items() if v.trainable}
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels, small_model(x)))
+    gradients = tape.gradient(loss, list(weights.values()))
+    before = {name: v.numpy() for name, v in weights.items()}
+    make_step(small_model, config)(*batch, 0)
+    for (name, v), gradient in zip(weights.items(), gradients):
+        decay = 0.1 * before[name] if name.endswith('/DW') else 0.
+        np.testing.assert_allclose(before[name] - v.numpy(), 0.1 * (gradient.numpy() + decay),
+                                   rtol=1e-3, atol=1e-5, err_msg=name)
+    assert {name.rpartition('/')[2] for name in weights} == {'DW', 'beta', 'gamma', 'biases'}
+
+
 @pytest.mark.parametrize('mode', TRAINING_MODES)
 def test_what_the_weight_update_sees(small_model, small_config, batch, mode):
     config = small_config(training_mode=mode)
@@ -150,8 +170,8 @@ def test_augmentation_is_a_crop_of_the_padded_image_or_its_mirror():
     assert {flip for _, _, flip in found} == {1, -1}
 
 
-@pytest.mark.parametrize('attack_norms', ['batch', 'fixed'])
-@pytest.mark.parametrize('step_size, tolerance', [(0., 1e-4), (2., 0.02)])
+@pytest.mark.parametrize('attack_norms, step_size, tolerance', [('batch', 0., 1e-4),
+                                                                ('fixed', 2., 0.02)])
 def test_the_step_is_the_same_under_xla(
         small_config, batch, step_size, tolerance, attack_norms):
     """Random numbers are the same; the sign of a tiny gradient may turn on rounding."""
@@ -161,6 +181,8 @@ def test_the_step_is_the_same_under_xla(
         model = Model(1, 1)
         step = make_step(model, small_config(xla=xla, step_size=step_size,
                                              attack_norms=attack_norms))
+        compiled = step.get_concrete_function().function_def.attr['_XlaMustCompile'].b
+        assert compiled == (xla == 'on')
         losses.append([float(step(*batch, t)['loss']) for t in range(3)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=tolerance)
 
