@@ -408,7 +408,7 @@ def spread(values, digits=3):
 
 
 def show(label, text):
-    print(f'{label:<24}{text}', flush=True)
+    print(f'{label:<23} {text}', flush=True)
 
 
 def main():

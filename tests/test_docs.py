@@ -13,10 +13,11 @@ import pytest
 
 from config import SCHEMA, load_config, may_change
 from conftest import ROOT
+from paper.published import ADV_ONLY, MODES, PAPER_TABLES
 from running import UserError
 
-PAGES = ['README.md'] + sorted(f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs'))
-                               if name.endswith('.md'))
+PAGES = ['README.md', 'RESULTS.md'] + sorted(
+    f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs')) if name.endswith('.md'))
 BUILTIN = {'help': False, 'helpfull': False}  # options that absl and argparse define themselves
 PLACEHOLDER = re.compile(r'[A-Z][A-Z0-9_]*')  # DIR, MODE, K, ...
 
@@ -326,6 +327,33 @@ def test_the_numbers_in_the_readme_are_measured_ones():
     shown = number.findall(read('README.md'))
     assert len(shown) > 10
     assert set(shown) <= measured
+
+
+def rows_of(page):
+    """Returns the rows of all tables in a page, each a list of its cells."""
+    return [line.strip('| ').split(' | ') for line in read(page).splitlines()
+            if line.startswith('| ') and not line.startswith('| ---')]
+
+
+def test_the_results_in_the_readme_are_those_of_the_stored_tables():
+    measured = {(row[0], row[1]): row[2:4] for row in rows_of('results/three_classes/summary.md')}
+    by_pgd = {row[0]: row[2::2] for row in rows_of('results/three_classes/table1.md')
+              if row[1] == 'pgd'}  # BN, PN, BN+shaping and bn_recorded; between them, the paper's
+    found = 0
+    for row in rows_of('README.md'):
+        mode, _, inference = row[0].replace('`', '').partition(', ')
+        if mode not in MODES or not inference:
+            continue
+        found += 1
+        name = f'`pgd_{mode}{"" if mode == ADV_ONLY else "_3to1"}`'
+        assert row[1:3] == measured[name, f'`{inference}`']
+        at = ('bn', 'pn', 'bn_shaping', 'bn_recorded').index(inference)
+        assert row[3] == by_pgd[MODES[mode]][at].removesuffix(' t')
+        if inference != 'bn_recorded':
+            paper = PAPER_TABLES['pgd'][mode]
+            assert row[4] == ', '.join(f'{100 * paper[attack][at]:.1f}'
+                                       for attack in ('clean', 'pgd'))
+    assert found == 5
 
 
 def test_the_readme_is_short():

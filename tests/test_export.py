@@ -29,7 +29,8 @@ RECORDINGS = ['num_recordings=7', 'recorded_samples=20']
 def exported(trained):  # noqa: F811
     """(folder of the export, configuration of the training)"""
     folder, _ = trained
-    settings = [*RECORDINGS, 'num_eval_examples=100', f'model_dir={folder}']
+    settings = [*RECORDINGS, 'num_eval_examples=100', 'apgd_num_steps=3', 'num_restarts=1',
+                f'model_dir={folder}']
     status, _, stderr = program('eval.py', '--model_dir', folder, '--inference', 'bn_recorded',
                                 '--attack', 'clean,pgd,adaptive', settings=settings)
     assert status == 0, stderr
@@ -152,7 +153,7 @@ SHAPES = st.one_of(st.tuples(st.integers(0, 4), st.just(32), st.just(32), st.jus
 TYPES = st.sampled_from(['float32', 'uint8', 'int32', 'float64', 'bool', 'int64', 'float16'])
 
 
-@fuzz(1000, shape=SHAPES, dtype=TYPES, value=VALUES, votes=st.integers(-2, 9),
+@fuzz(250, shape=SHAPES, dtype=TYPES, value=VALUES, votes=st.integers(-2, 9),
       drawn=st.lists(st.integers(-1, 8), max_size=4))
 def test_a_malformed_request_gets_an_error_or_a_class(loaded, shape, dtype, value, votes, drawn):
     with np.errstate(all='ignore'):

@@ -114,9 +114,11 @@ def test_train_works_in_a_thread_and_lets_go_after_an_error(config, monkeypatch)
     assert found[0].endswith(f'checkpoint-{STEPS}')
 
 
-def test_a_longer_training_reports_as_if_it_had_not_ended_before(config, every_step):
+def test_a_longer_training_is_one_that_had_not_ended_before(config, whole, every_step):
     train.train({**config, 'max_num_training_steps': 8})
     train.train(config)
+    ours, theirs = (kills.weights(folder, STEPS) for folder in (config['model_dir'], whole))
+    assert set(ours) == set(theirs) and all((ours[name] == theirs[name]).all() for name in ours)
     lines = kills.log(config['model_dir'])
     assert [(line['step'], line['mean_of_steps']) for line in lines] == [
         (0, 1), (5, 5), (7, 2), (10, 5), (12, 2)]

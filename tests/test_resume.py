@@ -53,7 +53,7 @@ def copied(whole, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_and_started_again_it_ends_as_if_it_never_had_been(whole, tmp_path, number):
     folder = str(tmp_path)
     process, stdout = kills.start(kills.command(folder, STEPS)), ''

@@ -42,7 +42,7 @@ def without_seconds(results):
 # ---- small results
 
 
-@pytest.mark.parametrize('name, num_draws', [('pgd', 2), ('adaptive', 2), ('apgd_eot', 1)])
+@pytest.mark.parametrize('name, num_draws', [('pgd', 2), ('apgd_eot', 1)])
 def test_an_evaluation_stopped_in_every_batch_ends_as_one_that_never_was(
         small_model, small_config, data, tmp_path, name, num_draws, capsys):
     config = small_config(apgd_num_steps=2, inference_shaping_ratio=3, shaping_batch_size=8,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from attacks import make_attack
 from cifar10_input import CIFAR10Data, load_data
 from config import load_config
 from model import build_model, find_checkpoint
@@ -100,12 +101,11 @@ def test_a_training_that_is_killed_keeps_the_same_best(held, tmp_path, stop, cop
     """At step 2 the best is that very step's: a kill may have come before the copy was made."""
     folder, _ = held
     killed = str(tmp_path / 'killed')
-    options = [s for s in SETTINGS_HELD if not s.startswith('max_num')]
-    settings = [*options, f'model_dir={killed}']
-    assert program('train.py', settings=[*settings, f'max_num_training_steps={stop}'])[0] == 0
+    config = load_config(None, [*SETTINGS_HELD, f'model_dir={killed}'])
+    train.train({**config, 'max_num_training_steps': stop})
     if not copied:
         os.remove(f'{killed}/checkpoint-best.index')
-    assert program('train.py', settings=[*settings, 'max_num_training_steps=7'])[0] == 0
+    train.train(config)
     assert validations(killed) == validations(folder)
     for step in ('best', 7):
         ours, theirs = weights(killed, step), weights(folder, step)
@@ -130,12 +130,28 @@ def test_without_held_out_images_nothing_is_validated(small_model, small_config,
     assert validation.n == 0 and validation.variables == {} and validation.best_step == -1
 
 
-def test_eval_and_the_attack_take_the_best_on_request(held):
-    folder, _ = held
-    best = int(weights(folder, 'best')['global_step'])
-    status, stdout, _ = program('eval.py', '--model_dir', folder, '--select', 'best', '--attack',
-                                'clean', '--inference', 'pn', settings=['num_eval_examples=100'])
-    assert status == 0 and f'checkpoint-best, step {best} ' in stdout
+def test_the_programs_take_the_best_on_request(held, tmp_path):
+    folder, best = str(tmp_path / 'copy'), 4  # which the last one cannot stand in for
+    shutil.copytree(held[0], folder)
+    for end in ('index', 'data-00000-of-00001'):
+        shutil.copy(f'{folder}/checkpoint-{best}.{end}', f'{folder}/checkpoint-best.{end}')
+
+    def said(name, *options):
+        status, stdout, stderr = program(name, '--model_dir', folder, '--select', 'best', *options,
+                                         settings=['num_eval_examples=20'], cwd=tmp_path)
+        assert status == 0, stderr
+        return stdout
+    assert f'checkpoint-best, step {best} ' in said('eval.py', '--attack', 'clean', '--inference',
+                                                    'pn')
+    said('pgd_attack.py')
+    assert 'checkpoint-best, pn' in said('run_attack.py')
+    config = {**load_config(f'{folder}/config.json'), 'num_eval_examples': 20}
+    data = load_data(config)
+    model = build_model(config, 10)
+    model.load_madry_checkpoint(f'{folder}/checkpoint-best')
+    attack, _ = make_attack('pgd', model, data, config)
+    assert (np.load(tmp_path / 'attack.npy') == attack(0, 20).numpy()).mean() > 0.99
+    assert f'checkpoint-best, step {best}: written' in said('export.py', '--output', 'exported')
     assert find_checkpoint(load_config(f'{folder}/config.json')).endswith('checkpoint-7')
 
 
