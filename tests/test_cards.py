@@ -9,6 +9,8 @@ import tensorflow as tf
 import classify
 from cards import CLASSES, FIXTURE, ROOT, accuracies, folders, on_the_fixture
 from config import load_config
+from export import RECORDINGS, read_recordings
+from model import build_model, find_checkpoint
 
 MODELS = [os.path.relpath(folder, ROOT) for folder in folders()]
 
@@ -26,10 +28,23 @@ def test_the_first_line_of_a_card_is_what_its_weights_answer(name):
     assert card['accuracy'] == accuracies(group, model) and card['model'] == model
 
 
-@pytest.mark.parametrize('name', MODELS)
-def test_classify_answers_where_there_are_no_images(name):
-    config = load_config(os.path.join(ROOT, name, 'config.json'), values={
+def without_images(name):
+    return load_config(os.path.join(ROOT, name, 'config.json'), values={
         'model_dir': os.path.join(ROOT, name), 'data_path': 'nowhere'})
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_hundred_recordings_of_this_network_are_beside_its_weights(name):
+    config = without_images(name)
+    checkpoint = find_checkpoint(config)
+    model = build_model(config, len(classify.names_beside(checkpoint, config)))
+    assert len(read_recordings(model, f'{checkpoint}{RECORDINGS}', 100)) == (
+        6 * config['num_residual_units'] + 1)
+
+
+@pytest.mark.parametrize('name', [MODELS[0], MODELS[-1]])  # of each number of classes
+def test_classify_answers_where_there_are_no_images(name):
+    config = without_images(name)
     classifier, num_recordings, names = classify.load_trained(config)
     with np.load(os.path.join(ROOT, FIXTURE)) as z:
         images, labels = z['images'], [CLASSES[y] for y in z['labels']]

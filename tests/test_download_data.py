@@ -84,8 +84,8 @@ def asked(process):
     assert ': downloading 160 MB from http://127.0.0.1' in line
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize('when', ['before an answer', 'in the middle'])
+@pytest.mark.parametrize('number, when', [(signal.SIGTERM, 'in the middle'),
+                                          (signal.SIGINT, 'before an answer')])
 def test_a_signal_during_the_download_ends_the_program(request, tmp_path, number, when):
     port = request.getfixturevalue('silent' if when == 'before an answer' else 'stalling')
     with training(port, str(tmp_path / 'data')) as process:
