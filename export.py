@@ -121,12 +121,13 @@ def check_output(folder, checkpoint):
     What lies beside it under the names that are used on the way is looked at, too.
     """
     check_writable(os.path.join(folder, CARD), 'a folder that can be written, --output DIR')
-    in_use = {os.path.realpath(os.path.dirname(checkpoint)), os.path.realpath(os.curdir)}
+    in_use = os.path.realpath(folder) in map(os.path.realpath, (os.path.dirname(checkpoint),
+                                                               os.curdir))
     for place in (folder, folder + TEMPORARY, folder + FORMER):
         names = os.listdir(place) if os.path.isdir(place) else []
         written = all(name in WRITTEN or name.startswith('checkpoint-') for name in names)
         finished = place == folder + TEMPORARY or CARD in names  # a kill may have left a part
-        if (os.path.islink(place) or os.path.isfile(place) or os.path.realpath(folder) in in_use
+        if (os.path.islink(place) or os.path.isfile(place) or in_use
                 or names and not (written and finished)):
             raise UserError(f'{place} holds something else than an exported model; expected '
                             'another folder, --output DIR')

@@ -12,8 +12,7 @@ from paper.trainings import name_of
 from paper.variations import differences
 from report import pyplot
 
-COLOURS = ('tab:blue', 'tab:orange', 'tab:red')
-COLOUR = {DEFAULT: 'tab:blue', SHAPED: 'tab:red'}
+COLOURS = dict(zip(MODES, ('tab:blue', 'tab:orange', 'tab:red')))
 
 
 def tradeoff(adversary, config, evaluations):
@@ -23,9 +22,8 @@ def tradeoff(adversary, config, evaluations):
     the paper, whose numbers are hollow.
     """
     figure, axes = pyplot().subplots(figsize=(6, 5))
-    colours = dict(zip(MODES, COLOURS))
     for training in available([Training(adversary, mode) for mode in MODES], config, evaluations):
-        mode, colour = training.mode, colours[training.mode]
+        mode, colour = training.mode, COLOURS[training.mode]
         by_attack = attacks_on(training, config, evaluations)
         worst = [r for r in worst_cases_of(by_attack, config) if r['attack'] == WORST_IN_BALL]
         paper = PAPER_TABLES[adversary][mode]
@@ -67,7 +65,7 @@ def cost(config, evaluations):
                      and r['epsilon'] == config['epsilon']]
             line = {r['gradients']: r for r in sorted(found, key=lambda r: -r['accuracy'])}
             if line:
-                draw_line(axes, dict(sorted(line.items())), style, COLOUR[training],
+                draw_line(axes, dict(sorted(line.items())), style, COLOURS[training.mode],
                           f'{MODES[training.mode]}; {inference}')
     axes.set_xscale('log')
     axes.set(xlabel='gradients spent on an image, at most', ylabel='accuracy, %', ylim=(0, 100),
@@ -145,13 +143,14 @@ def sweep(key, config, points):
     figure, axes = pyplot().subplots(figsize=(6, 4))
     styles = {'pn': ('pgd, pn', '-'), 'bn_shaping': ('pgd, bn_shaping', '--'),
               'adaptive': ('adaptive_pgd, bn_shaping', ':')}
-    for training, colour in COLOUR.items():
+    for training in (DEFAULT, SHAPED):
         name = name_of(training, config)
         for field, (label, style) in styles.items():
             line = {point.value: getattr(results, field) for point, results in points.items()
                     if (point.training, point.key) == (name, key) and getattr(results, field)}
             if line:
-                draw_line(axes, line, style, colour, f'{MODES[training.mode]}; {label}')
+                draw_line(axes, line, style, COLOURS[training.mode],
+                          f'{MODES[training.mode]}; {label}')
     axes.set_xscale('symlog' if key == 'epsilon' else 'log', base=2)
     x_labels = {
         'num_steps': f'PGD steps of {config["step_size"]:g}, epsilon {config["epsilon"]:g}',

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 import bench
 from model import Model
-from test_programs import program
+from test_programs import SETTINGS, program
 
 
 def copy_weights(model, network):
@@ -55,11 +55,6 @@ def test_a_step_in_pytorch_lowers_the_loss(small_model, small_config, batch, mod
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
-SMALL = ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'training_batch_size=16',
-         'num_steps=1', 'eval_batch_size=20', 'num_recordings=2', 'recorded_samples=20',
-         'shaping_batch_size=20', 'num_eval_examples=20']
-
-
 @pytest.mark.parametrize('options, said', [
     (['--against', 'original'], {'Original, same ops': 1, 'Original, its own ops': 1,
                                  'over ours': 2, ' seconds a step': 2, 'Share of peak': 1}),
@@ -67,6 +62,6 @@ SMALL = ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'trainin
                    ' times pn': 10})])
 def test_the_program_times_what_it_is_asked_for(options, said):
     status, stdout, stderr = program('bench.py', '--steps', '1', '--repeats', '1', *options,
-                                     settings=SMALL)
+                                     settings=[*SETTINGS, 'num_recordings=2'])
     assert status == 0, stderr
     assert {words: stdout.count(words) for words in said} == said, stdout

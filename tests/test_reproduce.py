@@ -603,11 +603,13 @@ def test_mistakes_are_told_in_one_line(arguments, fault, tmp_path):
     assert not (tmp_path / 'm').exists()
 
 
-@pytest.mark.parametrize('settings', [{'training_mode': 'natural'}, {'adversary': 'trades'}])
-def test_the_tables_vary_norm_shaping_by_pgd(settings, small_config, monkeypatch):
+@pytest.mark.parametrize('settings, got', [
+    ({'training_mode': 'natural'}, 'natural and pgd'),
+    ({'adversary': 'trades'}, 'shaping_in_attack_and_training and trades')])
+def test_the_tables_vary_norm_shaping_by_pgd(settings, got, small_config, monkeypatch):
     monkeypatch.setattr(reproduce, 'config_from_flags', lambda: small_config(**settings))
     with pytest.raises(UserError, match='training_mode must be shaping_in_attack_and_training and '
-                                        'adversary pgd, as the tables vary them, got'):
+                                        f'adversary pgd, as the tables vary them, got {got}'):
         reproduce.read_config(None)
 
 
