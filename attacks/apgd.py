@@ -146,7 +146,7 @@ class APGDAttack:
         for one_draw in drawn[1:]:
             total += self.logits(x, one_draw)
         wrong = tf.where(tf.one_hot(y, total.shape[-1], True, False), -np.inf, total)
-        return tf.argsort(wrong, direction='DESCENDING')[:, rank - 1]
+        return tf.gather(tf.argsort(wrong, direction='DESCENDING'), rank - 1, axis=1)
 
     def evaluate(self, x, y, target, drawn, loss_func):
         """Returns the loss [b], the share of right answers [b] and the gradient, draws' means."""
@@ -155,7 +155,7 @@ class APGDAttack:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(x)
                 z = self.logits(x, one_draw)
-                of_draw = tf.stack([LOSSES[f](z, y, target) for f in self.loss_funcs])[loss_func]
+                of_draw = tf.gather([LOSSES[f](z, y, target) for f in self.loss_funcs], loss_func)
             loss += of_draw
             share += tf.cast(tf.argmax(z, 1) == y, tf.float32)
             gradient = added(gradient, tape.gradient(of_draw, x))
@@ -171,7 +171,7 @@ class APGDAttack:
     def _perturb(self, x_nat, y, seed, drawn, start, active, loss_func, rank):
         is_check, since_last = tf.constant(self.is_check), tf.constant(self.since_last)
         is_targeted = tf.constant([f.startswith('targeted') for f in self.loss_funcs])
-        target = tf.cond(is_targeted[loss_func],
+        target = tf.cond(tf.gather(is_targeted, loss_func),
                          lambda: tf.cast(self.target_class(start, y, drawn[0], rank), tf.int64),
                          lambda: y)
         x = x_before = masked(self.initialize(x_nat, seed), start, active)
