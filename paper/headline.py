@@ -1,4 +1,7 @@
-"""Clean and robust accuracy on all test images, under the norms that can be deployed."""
+"""Clean and robust accuracy on all test images, under the norms that can be deployed.
+
+Of stored numbers, on as many of them as the most that a training has.
+"""
 import numpy as np
 
 from eval import wilson_interval
@@ -18,11 +21,11 @@ FULL_BUDGET = {'apgd_num_steps': 100, 'num_restarts': 5}
 FULL_BUDGET_FOR = (DEFAULT, 'pn'), (SHAPED, 'bn_recorded')
 HEADER = ['training', 'inference', 'images', 'clean', '`pgd`, made with `pn`', '`adaptive`',
           'robust', '`adaptive`, full budget', 'against the default: clean', 'robust']
-CAPTION = ('all test images; accuracy in %, [95% Wilson intervals]; t: transferred; robust: what '
-           'both attacks leave; full budget: 100 steps and five starts on each loss, on the first '
-           '{n} test images; the default: adversarial-only training by the same adversary and '
-           'seed, judged by `pn`; differences in points, [95% intervals of pairs of the same '
-           'samples]')
+CAPTION = ('the first test images, as many as `images` says; accuracy in %, [95% Wilson '
+           'intervals]; t: transferred; robust: what both attacks leave; full budget: 100 steps '
+           'and five starts on each loss, on the first {n} test images; the default: '
+           'adversarial-only training by the same adversary and seed, judged by `pn`; differences '
+           'in points, [95% intervals of pairs of the same samples]')
 
 
 def headline_rows(config, evaluations):

@@ -193,13 +193,18 @@ def norms_rows(config, evaluations):
 
 
 def gap_rows(config, evaluations):
-    """Returns the norm-shaped model under pn and under bn_shaping."""
+    """Returns the norm-shaped model under pn and under bn_shaping; of stored ones, those there."""
     rows, (pn, shaped) = [], map(INFERENCES.index, ('pn', 'bn_shaping'))
+    of_training = evaluations[name_of(SHAPED, config)]
     for attack in GAP_ATTACKS:
-        evaluation = evaluations[name_of(SHAPED, config)].attack(attack, judging(attack))
+        evaluation = of_training.if_kept(of_training.attack, attack, judging(attack))
+        if evaluation is None:
+            continue
         paper = PAPER_TABLES['pgd'][NORM_SHAPING].get(attack)
         rows.append([attack, *formats.pn_and_shaping(evaluation, config['num_eval_examples']),
                      f'{100 * (paper[shaped] - paper[pn]):+.1f}' if paper else ''])
+    if not rows:
+        raise UserError(f'nothing is stored of {of_training.name} under pn and bn_shaping')
     return rows
 
 
@@ -283,7 +288,7 @@ MAIN_HEADER = ['training', 'attack', *(column for inference in INFERENCES
 
 TABLES = {
     'headline': Table(
-        'All test images, under the norms that can be deployed',
+        'Under the norms that can be deployed',
         headline.SHOWN,
         headline.HEADER, headline.headline_rows, headline.CAPTION, shows=headline.is_shown),
     'summary': Table(
