@@ -757,6 +757,19 @@ def test_worst_cases_are_over_the_attacks_that_each_mode_has(tmp_path):
     assert {r['inference'] for r in cells.worst_cases_of(by_attack, config)} == set(cells.JUDGES)
 
 
+def test_the_gap_shows_the_stored_attacks(tmp_path):
+    """Of results/cifar10_w32_4, `adaptive_pgd` through `bn_shaping` was too slow."""
+    folder = Path(ROOT, 'results', 'cifar10_w32_4')
+    config = load_config(folder / 'config.json')
+
+    def rows(cells_folder):
+        return tables.gap_rows(config, {name: StoredEvaluations(name, of, cells_folder) for name, of
+                                        in tables.trainings_of([TABLES['gap']], config).items()})
+    assert [row[0] for row in rows(folder / 'cells')] == ['clean', 'pgd']
+    with pytest.raises(UserError, match='^nothing is stored of pgd_shaping_in_attack'):
+        rows(tmp_path)
+
+
 def test_the_headline_is_what_both_attacks_leave():
     """Of results/three_classes, by hand; a row that is not stored is left out, and named."""
     folder = Path(ROOT, 'results', 'three_classes')
