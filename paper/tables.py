@@ -193,18 +193,20 @@ def norms_rows(config, evaluations):
 
 
 def gap_rows(config, evaluations):
-    """Returns the norm-shaped model under pn and under bn_shaping; of stored ones, those there."""
+    """Returns the norm-shaped model under pn and under bn_shaping.
+
+    A direct attack that is not stored is left out: through bn_shaping, a wide network takes hours.
+    """
     rows, (pn, shaped) = [], map(INFERENCES.index, ('pn', 'bn_shaping'))
     of_training = evaluations[name_of(SHAPED, config)]
     for attack in GAP_ATTACKS:
-        evaluation = of_training.if_kept(of_training.attack, attack, judging(attack))
-        if evaluation is None:
+        asked = attack, judging(attack)
+        if attack in DIRECT and of_training.if_kept(of_training.attack, *asked) is None:
             continue
+        evaluation = of_training.attack(*asked)
         paper = PAPER_TABLES['pgd'][NORM_SHAPING].get(attack)
         rows.append([attack, *formats.pn_and_shaping(evaluation, config['num_eval_examples']),
                      f'{100 * (paper[shaped] - paper[pn]):+.1f}' if paper else ''])
-    if not rows:
-        raise UserError(f'nothing is stored of {of_training.name} under pn and bn_shaping')
     return rows
 
 
