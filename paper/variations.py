@@ -26,8 +26,9 @@ HEADER = ['varied', 'value', 'learning rate', 'clean, `pn`', 'clean, `bn_shaping
           '`adaptive_pgd`, `bn_shaping`', 'norms moved by the tail / by chance']
 NOTE = ('Learning rate: the one at which the checkpoint is judged. Norms moved: how far PGD on the '
         'tail moves the means of the batch norms, in standard deviations, beside how far another '
-        'clean batch does. Attacks are those of the first row in all rows. Conjecture: what a '
-        'mistake of this kind would look like; nothing says that the paper made it.')
+        'clean batch does. Empty: that of an earlier row, or not stored. Attacks are those of the '
+        'first row in all rows. Conjecture: what a mistake of this kind would look like; nothing '
+        'says that the paper made it.')
 
 
 class Variation(NamedTuple):
@@ -121,11 +122,12 @@ def _row(each, config, evaluations):
     if each.norms != 'trained' or each.source:  # the rest is that of an earlier row
         return [*row, '', '']
     settings = _attack(config, of_training)
-    adaptive = of_training.attack('adaptive_pgd', ('bn_shaping',), **settings)
-    shifts = of_training.experiment(norm_shifts, relevant({**of_training.config, **settings}),
-                                    mean_shifts, **settings)
-    return [*row, formats.accuracy(result_of(adaptive, 'bn_shaping'), n),
-            f'{shifts["tail"][0]:.3f} / {shifts["another"][0]:.3f}']
+    adaptive = of_training.if_kept(of_training.attack, 'adaptive_pgd', ('bn_shaping',), **settings)
+    shifts = of_training.if_kept(of_training.experiment, norm_shifts,
+                                 relevant({**of_training.config, **settings}), mean_shifts,
+                                 **settings)
+    return [*row, formats.accuracy(result_of(adaptive, 'bn_shaping'), n) if adaptive else '',
+            f'{shifts["tail"][0]:.3f} / {shifts["another"][0]:.3f}' if shifts else '']
 
 
 def _judged(each, config, evaluations):

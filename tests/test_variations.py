@@ -127,6 +127,13 @@ def test_a_row_is_judged_by_the_attack_of_the_first_one(evaluations, monkeypatch
         'depth', 'w32-1', SHAPED._replace(variant='w32'))))
     assert variations.variation_rows(config, stored) == rows
     assert len(variations.differences(config, stored)) == 4
+    # Without the direct attack the row stays, and says nothing of it
+    lost, = (file for file in os.listdir(one_step.folder)
+             if file.startswith(f'{one_step.name}-adaptive_pgd'))
+    os.remove(os.path.join(one_step.folder, lost))
+    stored[one_step.name] = StoredEvaluations(one_step.name, one_step.config, one_step.folder)
+    without = variations.variation_rows(config, stored)[1]
+    assert without == [*rows[1][:-2], '', rows[1][-1]]
 
 
 def test_crossed_examples_are_judged_by_the_pn_of_the_model_that_made_them(evaluations):
