@@ -37,12 +37,16 @@ def against(ours, theirs):
 
     Args:
         ours, theirs: (clean, robust), which samples were right, as paired_difference takes them;
-            theirs is None where the other is not stored. Both cells are '' then, and in the
-            other's own row.
+            of a different number, the first ones are compared. theirs is None where the other is
+            not stored. Both cells are '' then, and in the other's own row.
     """
     if theirs is None or theirs is ours:
         return ['', '']
-    return [difference(*paired_difference(*both)) for both in zip(ours, theirs)]
+    cells = []
+    for both in zip(ours, theirs):
+        few = min(right.shape[-1] for right in both)
+        cells.append(difference(*paired_difference(*(right[..., :few] for right in both))))
+    return cells
 
 
 def pn_and_shaping(evaluation, n):

@@ -13,8 +13,8 @@ from attacks import ATTACKS, minimum_norm
 from config import load_config, store_config
 from conftest import ROOT
 from eval import WORST_IN_BALL
-from paper import (cells, checks, claims, curves, experiments, gallery, headline, intervals,
-                   population_norms, published, scales, tables)
+from paper import (cells, checks, claims, curves, experiments, formats, gallery, headline,
+                   intervals, population_norms, published, scales, tables)
 from paper.cells import NUM_DRAWS, Evaluations, StoredEvaluations, right_in_draws, right_of
 from paper.published import (ADV_ONLY, CLOSE, INFERENCE_RATIOS, INFERENCES, MODES, MORE, NO_MORE,
                              NORM_SHAPING, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, SAME, SHAPED,
@@ -768,6 +768,14 @@ def test_the_gap_is_shown_without_a_direct_attack_but_not_without_the_others(tmp
     assert [row[0] for row in rows(folder / 'cells')] == ['clean', 'pgd']
     with pytest.raises(UserError, match='holds no clean of pgd_shaping_in_attack'):
         rows(tmp_path)
+
+
+def test_accuracies_on_fewer_images_are_compared_on_those():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.random((2, 2, 60)) < 0.6  # each: clean and robust accuracy
+    alike = formats.against(ours[:, :40], theirs[:, :40])
+    assert formats.against(ours[:, :40], theirs) == alike
+    assert formats.against(ours, theirs[:, :40]) == alike != formats.against(ours, theirs)
 
 
 def test_the_headline_is_what_both_attacks_leave():
