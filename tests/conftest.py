@@ -15,9 +15,6 @@ import zipfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'  # the numbers here are a CPU's
-if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:  # its processes, and what they start, share the cores
-    os.environ.setdefault('TF_NUM_INTRAOP_THREADS', str(max(
-        1, (os.cpu_count() or 1) // int(os.environ['PYTEST_XDIST_WORKER_COUNT']))))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's: tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
