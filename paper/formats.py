@@ -1,7 +1,7 @@
 """How numbers are shown in the tables: percent, points, intervals, Markdown."""
 from doubts import is_transferred
 from paper.cells import result_of, right_in_draws
-from paper.intervals import paired_difference
+from paper.intervals import first_of_both, paired_difference
 
 
 def percent(value):
@@ -42,11 +42,7 @@ def against(ours, theirs):
     """
     if theirs is None or theirs is ours:
         return ['', '']
-    cells = []
-    for both in zip(ours, theirs):
-        few = min(right.shape[-1] for right in both)
-        cells.append(difference(*paired_difference(*(right[..., :few] for right in both))))
-    return cells
+    return [difference(*paired_difference(*first_of_both(*both))) for both in zip(ours, theirs)]
 
 
 def pn_and_shaping(evaluation, n):

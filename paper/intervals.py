@@ -8,6 +8,12 @@ FEW_PAIRS = 25   # with fewer pairs that disagree, an interval is exact, not a n
 NUM_RESAMPLES, SEED = 2000, 0  # of a bootstrap
 
 
+def first_of_both(a, b):
+    """Returns those of a and b, bool [n] or [draws, n], that are of samples that both have."""
+    n = min(a.shape[-1], b.shape[-1])
+    return a[..., :n], b[..., :n]
+
+
 def paired_difference(a, b):
     """Returns the accuracy of a less that of b and its 95% interval, (difference, [low, high]).
 

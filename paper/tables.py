@@ -12,7 +12,7 @@ from paper import (binarization, checks, claims, curves, experiments, formats, g
                    neighbours, plots, scales, variations)
 from paper.cells import (JUDGES, attacks_on, available, from_digits, result_of, right_in_draws,
                          right_of, worst_cases_of)
-from paper.intervals import paired_difference
+from paper.intervals import first_of_both, paired_difference
 from paper.population_norms import RULES
 from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, IN_TRAINING, INFERENCE_RATIOS, INFERENCES,
                              MODES, NORM_SHAPING, PAPER_ADAPTIVE, PAPER_RATIOS, PAPER_TABLES,
@@ -200,10 +200,11 @@ def gap_rows(config, evaluations):
     rows, (pn, shaped) = [], map(INFERENCES.index, ('pn', 'bn_shaping'))
     of_training = evaluations[name_of(SHAPED, config)]
     for attack in GAP_ATTACKS:
-        asked = attack, judging(attack)
-        if attack in DIRECT and of_training.if_kept(of_training.attack, *asked) is None:
+        get = (partial(of_training.if_kept, of_training.attack) if attack in DIRECT
+               else of_training.attack)
+        evaluation = get(attack, judging(attack))
+        if evaluation is None:
             continue
-        evaluation = of_training.attack(*asked)
         paper = PAPER_TABLES['pgd'][NORM_SHAPING].get(attack)
         rows.append([attack, *formats.pn_and_shaping(evaluation, config['num_eval_examples']),
                      f'{100 * (paper[shaped] - paper[pn]):+.1f}' if paper else ''])
@@ -220,11 +221,11 @@ def transfer_rows(config, evaluations):
             direct = ours.attack('adaptive', (inference,))
             transfer = ours.attack('transfer', (inference,), source=others)
             both = [right_of(of, inference) for of in (transfer, direct)]
-            few = min(map(len, both))  # num_attack_examples may name one of them
             rows.append([f'`{ours.name}`', f'`{inference}`',
                          *(formats.accuracy(result_of(of, inference), n)
                            for of in (direct, transfer)),
-                         formats.difference(*paired_difference(*(of[:few] for of in both)))])
+                         # num_attack_examples may name one of them
+                         formats.difference(*paired_difference(*first_of_both(*both)))])
     return rows
 
 

@@ -42,7 +42,8 @@ def test_a_hundred_recordings_of_this_network_are_beside_its_weights(name):
         6 * config['num_residual_units'] + 1)
 
 
-@pytest.mark.parametrize('name', [MODELS[0], MODELS[-1]])  # of each number of classes
+# One of each number of classes; the default of ten, 67% right, is not held to this
+@pytest.mark.parametrize('name', ['weights/cifar10_w32_1/pgd_natural', MODELS[-1]])
 def test_classify_answers_where_there_are_no_images(name):
     config = without_images(name)
     classifier, num_recordings, names = classify.load_trained(config)
@@ -51,8 +52,7 @@ def test_classify_answers_where_there_are_no_images(name):
     known = [i for i, label in enumerate(labels) if label in names]
     answers = classifier(images[known], recording=tf.zeros([len(known)], tf.int32))['label']
     right = [names[answer] == labels[i] for answer, i in zip(answers, known)]
-    # The default of ten classes is the least accurate: 67% of the test images
-    assert num_recordings == 100 and sum(right) >= 0.6 * len(known)
+    assert num_recordings == 100 and sum(right) >= 0.75 * len(known)
 
 
 @pytest.mark.parametrize('name', MODELS)
