@@ -314,7 +314,9 @@ def binarization_rows(config, evaluations):
     for training in (DEFAULT, SHAPED):
         name = name_of(training, config)
         for mode, attacks in TESTED:
-            measured = tested(evaluations[name], mode, attacks)
+            measured = evaluations[name].if_kept(tested, evaluations[name], mode, attacks)
+            if measured is None:  # apgd_eot through bn_shaping takes an hour on a deep network
+                continue
             planted = from_digits(measured['planted'])
             for attack in attacks:
                 found, by_chance = (from_digits(measured[what][attack])[planted]

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-from config import SCHEMA
+from config import SCHEMA, load_config
 from model import newest_intact
 from paper.published import ADV_ONLY
 from running import UserError
@@ -106,6 +106,8 @@ def config_of(training, config):
 def is_trained(of_training):
     """Returns whether the model of a training's configuration is there.
 
+    A finished one may have been trained in another precision: its weights are float32 in any.
+
     Raises:
         UserError: the folder holds another training, or a longer one.
     """
@@ -116,8 +118,15 @@ def is_trained(of_training):
         raise UserError(f'max_num_training_steps must be at least {done}, the steps that '
                         f'{model_dir} holds, got {steps}; or choose another model_dir')
     if done == steps:
-        train.check_same_run(of_training, os.path.join(model_dir, 'config.json'), newest)
+        as_trained = {**of_training, 'precision': trained_precision(of_training)}
+        train.check_same_run(as_trained, os.path.join(model_dir, 'config.json'), newest)
     return done == steps
+
+
+def trained_precision(of_training):
+    """Returns the precision in which a training's folder was trained, or will be."""
+    path = os.path.join(of_training['model_dir'], 'config.json')
+    return (load_config(path) if os.path.exists(path) else of_training)['precision']
 
 
 def train_if_missing(name, of_training, config, options=()):
@@ -133,6 +142,9 @@ def train_if_missing(name, of_training, config, options=()):
         SystemExit: train.py was stopped; with its exit status.
     """
     if is_trained(of_training):
+        if trained_precision(of_training) != of_training['precision']:
+            print(f'{name} was trained in {trained_precision(of_training)}; what is missing is '
+                  f'evaluated in {of_training["precision"]}', flush=True)
         return
     arguments = [*options]
     for key in SCHEMA:

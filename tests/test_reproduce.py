@@ -79,6 +79,20 @@ def test_a_model_that_is_there_is_not_trained_again(tmp_path, small_model, small
         train_if_missing('it', {**config, 'epsilon': 9.}, config)
 
 
+def test_a_finished_training_can_be_evaluated_in_another_precision(
+        tmp_path, small_model, small_config, monkeypatch, capsys):
+    monkeypatch.setattr('paper.trainings.run_to_its_end', lambda command: pytest.fail('trained'))
+    small_model.save_madry_checkpoint(tmp_path / 'checkpoint-7', global_step=7)
+    config = small_config(model_dir=str(tmp_path), max_num_training_steps=7,
+                          precision='mixed_bfloat16')
+    store_config(config, str(tmp_path / 'config.json'))
+    train_if_missing('it', config, config)
+    assert not capsys.readouterr().out
+    train_if_missing('it', {**config, 'precision': 'float32'}, config)
+    assert capsys.readouterr().out == ('it was trained in mixed_bfloat16; what is missing is '
+                                       'evaluated in float32\n')
+
+
 def test_train_py_is_told_what_differs_from_the_command_line(tmp_path, small_config, monkeypatch,
                                                              capsys):
     commands = []
