@@ -7,8 +7,8 @@ Also checks the attacks, tries what could explain a difference, and says what is
 
 Targets: headline, summary, table1, table2, table3, table4, confoundings, shifts, sweeps, seeds,
 norms, gap, transfer, neighbours, checks, scales, binarization, curves, gallery, variations,
-crossed, claims, or all: all but variations, whose trainings take 17 hours. docs/evaluation.md says
-what each is.
+crossed, claims, or all: all but variations, whose trainings take many hours. docs/evaluation.md
+says what each is.
 
 Trains what is missing by train.py, each model in a folder of its own in model_dir; evaluates what
 is missing; prints the tables, and writes MODEL_DIR/tables/NAME.md with plots beside them. Every

@@ -27,8 +27,9 @@ HEADER = ['varied', 'value', 'learning rate', 'clean, `pn`', 'clean, `bn_shaping
 NOTE = ('Learning rate: the one at which the checkpoint is judged. Norms moved: how far PGD on the '
         'tail moves the means of the batch norms, in standard deviations, beside how far another '
         'clean batch does. Empty: that of an earlier row, or not stored. Attacks are those of the '
-        'first row in all rows. Conjecture: what a mistake of this kind would look like; nothing '
-        'says that the paper made it.')
+        'first row in all rows. `bn_shaping` is one draw here, the mean of five in Table I and in '
+        'the table `gap`. Conjecture: what a mistake of this kind would look like; nothing says '
+        'that the paper made it.')
 
 
 class Variation(NamedTuple):

@@ -62,7 +62,8 @@ def accuracies(group, name):
     """Returns {inference: {'clean': ..., 'worst in ball': ...}} as results/GROUP has them.
 
     Of Tables I and II; of the table `headline` where they lack the model, or the strongest attack
-    on it, `adaptive`. {} where nothing is stored, or results/ has other weights'.
+    on it, `adaptive`, or where it has more images. {} where nothing is stored, or results/ has
+    other weights'.
     """
     folder = os.path.join(ROOT, 'results', group)
     if not os.path.exists(os.path.join(folder, 'config.json')):
@@ -79,7 +80,9 @@ def accuracies(group, name):
     if training.mode in MODES and not training.seed and stored.has('clean'):
         found = of_tables(attacks_on(training, config, {name: stored}), config, digest)
     for inference, ours in (of_headline(stored, digest) if stored.has() else {}).items():
-        if 'adaptive' not in found.get(inference, {}).get(WORST_IN_BALL, {}).get('attacks', ()):
+        worst = found.get(inference, {}).get(WORST_IN_BALL, {})
+        if ('adaptive' not in worst.get('attacks', ())
+                or ours[WORST_IN_BALL]['num_examples'] > worst['num_examples']):
             found[inference] = ours
     return found
 

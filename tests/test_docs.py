@@ -13,7 +13,7 @@ import pytest
 
 from config import SCHEMA, load_config, may_change
 from conftest import ROOT
-from paper.published import ADV_ONLY, MODES, PAPER_TABLES
+from paper.published import MODES, PAPER_TABLES
 from running import UserError
 
 PAGES = ['README.md', 'RESULTS.md'] + sorted(
@@ -335,23 +335,19 @@ def rows_of(page):
             if line.startswith('| ') and not line.startswith('| ---')]
 
 
-def test_the_results_in_the_readme_are_those_of_the_stored_tables():
-    measured = {(row[0], row[1]): row[2:4] for row in rows_of('results/three_classes/summary.md')}
-    by_pgd = {row[0]: row[2::2] for row in rows_of('results/three_classes/table1.md')
-              if row[1] == 'pgd'}  # BN, PN, BN+shaping and bn_recorded; between them, the paper's
+def test_the_results_in_the_readme_are_those_of_the_stored_table():
+    measured = {(row[0], row[1]): (row[2], row[3], row[6], row[4].removesuffix(' t'))
+                for row in rows_of('results/cifar10_w32_1/headline.md')}
     found = 0
     for row in rows_of('README.md'):
         mode, _, inference = row[0].replace('`', '').partition(', ')
-        if mode not in MODES or not inference:
+        if mode not in ('natural', *MODES) or not inference:
             continue
         found += 1
-        name = f'`pgd_{mode}{"" if mode == ADV_ONLY else "_3to1"}`'
-        assert row[1:3] == measured[name, f'`{inference}`']
-        at = ('bn', 'pn', 'bn_shaping', 'bn_recorded').index(inference)
-        assert row[3] == by_pgd[MODES[mode]][at].removesuffix(' t')
-        if inference != 'bn_recorded':
-            paper = PAPER_TABLES['pgd'][mode]
-            assert row[4] == ', '.join(f'{100 * paper[attack][at]:.1f}'
+        name = f'`pgd_{mode}{"_3to1" if "shaping" in mode else ""}`'
+        assert tuple(row[1:5]) == measured[name, f'`{inference}`']
+        if mode in MODES and inference == 'pn':
+            assert row[5] == ', '.join(f'{100 * PAPER_TABLES["pgd"][mode][attack][1]:.1f}'
                                        for attack in ('clean', 'pgd'))
     assert found == 5
 
