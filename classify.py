@@ -16,7 +16,7 @@ import sys
 from absl import flags
 import numpy as np
 
-from config import begin, config_from_flags, load_config
+from config import begin, config_of_model
 from running import UserError, brief, optional
 from running.program import ANY, run
 from running.untrusted import map_array, read_json
@@ -26,13 +26,13 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
                         'model_dir of the configuration.')
     flags.DEFINE_integer('num_votes', 20, 'Recordings by which each image is classified.')
     flags.DEFINE_boolean('resize', False, 'Shrink or enlarge images of another size to 32 x 32.')
-    begin(__doc__, takes_words=True)
+    begin(__doc__, takes_words=True, configuration=config_of_model)
 
 import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import load_data
-from export import CARD, FORMATS, RECORDINGS, Classifier, read_recordings
+from export import CARD, RECORDINGS, Classifier, read_recordings
 from model import build_model, find_checkpoint
 from running.devices import leave_gpus
 from shaping import RecordedInference
@@ -49,15 +49,9 @@ def main(paths):
     named = [one for path in paths for one in read_images(path, flags.FLAGS.resize)]
 
     # The model
-    folder = flags.FLAGS.model
-    exported = bool(folder) and os.path.isfile(os.path.join(folder, FORMATS['savedmodel']))
-    if folder and flags.FLAGS.config:
-        raise UserError('--model and --config each name a configuration; expected one of them')
-    if exported and flags.FLAGS.set:
-        raise UserError(f'--set changes nothing in {folder}, which is an exported model; expected '
-                        '--model of a training beside it')
+    config = config_of_model()
     classify, num_recordings, label_names = (
-        load_exported(folder) if exported else load_trained(config_of(folder)))
+        load_trained(config) if config else load_exported(flags.FLAGS.model))
     num_votes = flags.FLAGS.num_votes
     if not 1 <= num_votes <= num_recordings:
         raise UserError(f'--num_votes must be an integer, 1 to {num_recordings}, the number of '
@@ -161,14 +155,6 @@ def names_on(card):
     return names
 
 
-def config_of(folder):
-    """Returns the configuration in a training's folder; without a folder, the command line's."""
-    if not folder:
-        return config_from_flags()
-    return load_config(os.path.join(folder, 'config.json'), flags.FLAGS.set,
-                       values={'model_dir': folder})
-
-
 def load_trained(config):
     """Returns the same of a training's newest checkpoint.
 
@@ -178,7 +164,7 @@ def load_trained(config):
         UserError: there is none, or what is beside it is not what export.py writes.
     """
     leave_gpus(config)
-    checkpoint = find_checkpoint(config)
+    checkpoint = find_checkpoint(config, option='--model')
     recordings = f'{checkpoint}{RECORDINGS}'
     if os.path.exists(recordings):
         names = names_beside(checkpoint, config)

@@ -20,6 +20,7 @@ from running.program import start
 from running.untrusted import parse_json, read_json
 
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
+SAVED_MODEL = 'saved_model.pb'  # TensorFlow's name for an exported model's file
 MAX_INTEGER = 2 ** 31 - 1
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 ADVERSARIES = ('pgd', 'trades')
@@ -301,18 +302,21 @@ def define_model_flags():
                       'one, or the best by validation images (num_validation_examples).')
 
 
-def begin(usage, takes_words=False, **choices):
+def begin(usage, takes_words=False, configuration=None, **choices):
     """Reads the command line of a program that takes a configuration, and checks it.
 
     To be called before TensorFlow is imported: a mistake is reported at once. See program.start.
 
     Args:
+        configuration: f() -> the configuration, or None where none is taken. Default:
+            config_from_flags.
         choices: the names that a flag may hold, by flag; see choice.
     """
     def check():
         for flag, known in choices.items():
             choice(flag, flags.FLAGS[flag].value, known)
-        doubt = epsilon_doubt(config_from_flags()['epsilon'])
+        config = (configuration or config_from_flags)()
+        doubt = config and epsilon_doubt(config['epsilon'])
         if doubt:
             print(f'{os.path.basename(sys.argv[0])}: warning: {doubt}', file=sys.stderr, flush=True)
 
@@ -342,6 +346,28 @@ def config_from_flags():
         path = os.path.join(model_dir, 'config.json')
         settings = [*settings, f'model_dir={json.dumps(model_dir)}']
     return load_config(path, settings)
+
+
+def config_of_model():
+    """Returns the configuration of the training that --model names; None: it names an export.
+
+    Without --model, that of config_from_flags.
+
+    Raises:
+        UserError: an option beside it that changes nothing, or a configuration that cannot work.
+    """
+    folder, settings = flags.FLAGS.model, flags.FLAGS.set
+    if not folder:
+        return config_from_flags()
+    if flags.FLAGS.config:
+        raise UserError('--model and --config each name a configuration; expected one of them')
+    if not os.path.isfile(os.path.join(folder, SAVED_MODEL)):
+        return load_config(os.path.join(folder, 'config.json'),
+                           [*settings, f'model_dir={json.dumps(folder)}'])
+    if settings:
+        raise UserError(f'--set changes nothing in {folder}, which is an exported model; expected '
+                        '--model of a training beside it')
+    return None
 
 
 def epsilon_doubt(epsilon):

@@ -562,7 +562,7 @@ def attacks_of(value, config):
 def compare(paths):
     """Prints stored results side by side. Raises UserError: an option of evaluations is given."""
     for name in ('model_dir', 'checkpoint', 'select', 'config', 'set', 'attack', 'inference',
-                 'num_draws', 'check', 'watch', 'output', 'pictures'):
+                 'num_draws', 'check', 'watch', 'output', 'pictures', 'download'):
         if flags.FLAGS[name].present:
             raise UserError(f'--compare reads stored results and evaluates nothing; expected it '
                             f'without --{name}')

@@ -31,8 +31,8 @@ import sys
 
 from absl import flags
 
-from config import (begin, config_from_flags, define_model_flags, load_config, of_training,
-                    store_config)
+from config import (SAVED_MODEL, begin, config_from_flags, define_model_flags, load_config,
+                    of_training, store_config)
 from running.program import run
 
 if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
@@ -58,7 +58,7 @@ from running.unfinished import checkpoint_digest, data_digest
 from running.untrusted import map_array
 from shaping import RecordedInference, form_of
 
-FORMATS = {'savedmodel': 'saved_model.pb', 'onnx': 'model.onnx', 'weights': 'checkpoint'}
+FORMATS = {'savedmodel': SAVED_MODEL, 'onnx': 'model.onnx', 'weights': 'checkpoint'}
 AT_ONCE = 250  # images in one pass: a bound on memory, not on a request
 CARD = 'card.json'
 RECORDINGS = '.recordings.npy'  # behind the checkpoint's prefix
@@ -307,7 +307,8 @@ def make_card(config, data, origin, form):
     rows = results_of(config, origin)
     beside = os.path.join(os.path.dirname(origin['checkpoint']), 'config.json')
     trained = load_config(beside) if os.path.isfile(beside) else config
-    clean = min((r for r in rows if r['attack'] == 'clean'), key=worst_first, default=None)
+    clean = max((r for r in rows if r['attack'] == 'clean'),
+                key=lambda row: row['num_examples'], default=None)
     robust = min((r for r in rows if is_robust(r, config)), key=worst_first, default=None)
     return {
         'format': form, 'file': FORMATS[form],

@@ -171,10 +171,12 @@ def rows_of_last(path):
     if not rows:
         raise UserError(f'{path} holds no rows; expected a file that eval.py wrote')
     last = contents.get('checkpoint'), contents.get('step')
-    rows = [row for row in rows
-            if (row.get('checkpoint', last[0]), row.get('step', last[1])) == last] or rows
-    weights = max(rows, key=date_of).get('checkpoint_digest')  # others were trained there before
-    return [row for row in rows if row.get('checkpoint_digest') == weights]
+    of_last = [row for row in rows
+               if (row.get('checkpoint', last[0]), row.get('step', last[1])) == last] or rows
+    weights = max(of_last, key=date_of).get('checkpoint_digest')
+    # A folder may have been moved since, and others were trained there before: the digest counts
+    return [row for row in (rows if weights else of_last)
+            if row.get('checkpoint_digest') == weights]
 
 
 def date_of(row):
@@ -372,6 +374,7 @@ def pyplot():
 def save_figure(figure, path):
     """Writes a figure to path, a .png file, and closes it."""
     try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         with replacing(path, 'wb') as f:
             figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
     finally:

@@ -72,6 +72,7 @@ def main(words):
         folder = stored
         evaluations = {name: StoredEvaluations(name, of_training, os.path.join(stored, 'cells'))
                        for name, of_training in trainings.items()}
+        check_same_images(evaluations.values(), stored)
     else:
         folder = os.path.join(config['model_dir'], 'tables')
         evaluations = train_and_load(tables, trainings, config, folder)
@@ -84,6 +85,8 @@ def main(words):
             if not stored or name in words:
                 raise
             print(f'{name} is left out: {error}', file=sys.stderr)  # of all that there are
+            if os.path.exists(os.path.join(folder, f'{name}.md')):
+                print(f'{name}.md in {folder} is an older one', file=sys.stderr)
 
 
 def show(name, table, config, evaluations, folder):
@@ -140,6 +143,17 @@ def train_and_load(tables, trainings, config, folder):
     return {name: Evaluations(name, of_training, data, digest, model_of(of_training),
                               os.path.join(config['model_dir'], 'cells'))
             for name, of_training in trainings.items()}
+
+
+def check_same_images(evaluations, stored):
+    """Raises UserError where stored evaluations are of different images: they are compared."""
+    of_images = {}
+    for evaluation in evaluations:
+        for digest in evaluation.digests[1:2]:  # none where nothing is stored of a training
+            of_images[digest] = evaluation.name
+    if len(of_images) > 1:
+        raise UserError(f'{stored} holds evaluations of {" and ".join(of_images.values())} on '
+                        'different images; expected them on the same')
 
 
 def check(tables, config, data):

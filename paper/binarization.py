@@ -45,6 +45,7 @@ from paper.cells import as_digits, from_digits
 from paper.published import DEFAULT, SHAPED
 from paper.trainings import name_of
 from pgd_attack import perturbation_fault
+from running import UserError
 from running.unfinished import batches
 from shaping import Inference, make_inference
 
@@ -323,6 +324,8 @@ def binarization_rows(config, evaluations):
                                     for what in ('found', 'random'))
                 rows.append([f'`{name}`', f'`{mode}`', f'`{attack}`', share(found),
                              share(by_chance), count(planted), verdict(found)])
+    if not rows:
+        raise UserError('no binarization test is stored')
     return rows
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from config import relevant
 from attacks import DIRECT, make_attack, num_examples
-from eval import Judged, as_digits, evaluate_attack, make_judges, worst_cases
+from eval import (WORST_CASE, WORST_OF_SLOW, Judged, as_digits, evaluate_attack, make_judges,
+                  worst_cases)
 from model import build_model
 from paper.population_norms import NUM_BATCHES, set_population_norms
 from paper.published import DEFAULT, INFERENCES, PAPER_ATTACKS, SHAPED
@@ -154,9 +155,9 @@ class Evaluations:
         """Whether there is any evaluation, or one under an attack, or it can be made."""
         return True
 
-    def num_test_images(self):
-        """Returns how many test images there are; of stored evaluations, the most that one has."""
-        return self.data.eval_data.n
+    def numbers_of_images(self):
+        """Returns [how many test images there are]; of stored evaluations, all that one has."""
+        return [self.data.eval_data.n]
 
     def judges_of(self, name):
         """Returns those of JUDGES under which an attack is judged."""
@@ -209,6 +210,9 @@ class StoredEvaluations(Evaluations):
         self.digests = []
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), f'{name}-*.json'))):
             evaluation = read_json(path)
+            if not is_evaluation(evaluation):
+                raise UserError(f'{path} is not what reproduce.py keeps of an evaluation; expected '
+                                'it elsewhere')
             of_training, what, *digests, identity = evaluation['identity']
             if of_training != name:  # the name of another one begins alike
                 continue
@@ -221,12 +225,14 @@ class StoredEvaluations(Evaluations):
             self.kept[key] = evaluation
 
     def has(self, name=None):
-        return any(name in (None, json.loads(key)[1]) for key in self.kept)
+        if name in (None, *DIRECT):
+            return any(name in (None, json.loads(key)[1]) for key in self.kept)
+        return self.if_kept(self.attack, name) is not None
 
-    def num_test_images(self):
+    def numbers_of_images(self):
         identities = [json.loads(key)[2] for key in self.kept]
-        return max((identity.get('num_eval_examples', 0) for identity in identities
-                    if isinstance(identity, dict)), default=0)
+        return sorted({identity['num_eval_examples'] for identity in identities
+                       if isinstance(identity, dict) and 'num_eval_examples' in identity})
 
     def judges_of(self, name):
         """Returns those of JUDGES that a direct attack is kept under; all for one made once."""
@@ -245,13 +251,28 @@ class StoredEvaluations(Evaluations):
         """Returns the evaluation `what` that is kept, of whatever weights and images.
 
         Raises:
-            UserError: none with this identity is kept.
+            UserError: none with this identity is kept, or one with another model's examples.
         """
         key = json.dumps([self.name, what, identity], sort_keys=True)
         if key not in self.kept:
             raise UserError(f'{self.folder} holds no {what} of {self.name}; expected one with its '
                             'configuration')
+        of_others = self.kept[key]['identity'][4:-1]
+        if other_digests and of_others != list(other_digests):
+            raise UserError(f'{self.folder} holds {what} of {self.name}, made with another model '
+                            'than the one whose evaluations it holds; expected it of this one')
         return self.kept[key]
+
+
+def is_evaluation(evaluation):
+    """Returns whether a file's JSON is what Evaluations.get keeps."""
+    if not isinstance(evaluation, dict):
+        return False
+    identity, results = evaluation.get('identity'), evaluation.get('results', [])
+    return (isinstance(identity, list) and len(identity) >= 5
+            and all(isinstance(each, str) for each in identity[:-1]) and isinstance(results, list)
+            and ('results' not in evaluation or len(evaluation.get('right', ())) == len(results)
+                 and isinstance(evaluation.get('in_ball'), str)))
 
 
 # ---- Tables I and II
@@ -288,7 +309,8 @@ def attacks_on(training, config, evaluations):
 def worst_cases_of(by_attack, config):
     """Returns the results of the worst cases over {attack: evaluation}, as eval.py has them.
 
-    Under the inference modes that each attack on all images is judged by.
+    Under the inference modes that each attack on all images is judged by; those over all attacks,
+    the slow ones among them, under the modes that each is judged by.
     """
     judged = {attack: [result['inference'] for result in evaluation['results']]
               for attack, evaluation in by_attack.items()}
@@ -296,11 +318,13 @@ def worst_cases_of(by_attack, config):
     judges = [judge for judge in JUDGES if all(
         judge in judged[attack] for attack in by_attack if sizes[attack] == max(sizes.values()))]
 
-    return worst_cases({(judge, None): {
+    worst = worst_cases({(judge, None): {
         attack: Judged(right_of(evaluation, judge)[None], from_digits(evaluation['in_ball']),
                        result_of(evaluation, judge))
         for attack, evaluation in by_attack.items() if judge in judged[attack]}
         for judge in judges}, config)
+    return [result for result in worst if result['attack'] not in (WORST_CASE, WORST_OF_SLOW)
+            or len(result['attacks']) == len(by_attack)]
 
 
 # ---- what an evaluation says

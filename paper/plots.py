@@ -55,7 +55,9 @@ def tradeoff(adversary, config, evaluations):
 def cost(config, evaluations):
     """Plots the accuracy that each direct attack leaves against the gradients that it may take."""
     figure, axes = pyplot().subplots(figsize=(6, 4))
-    for training in available([DEFAULT, SHAPED], config, evaluations):
+    for training in (DEFAULT, SHAPED):
+        if not evaluations[name_of(training, config)].has('clean'):  # not stored
+            continue
         by_attack = attacks_on(training, config, evaluations)
         for inference, style in (('pn', '-'), ('bn_recorded', '--'), ('bn_shaping', ':')):
             found = [r for evaluation in by_attack.values() for r in evaluation['results']

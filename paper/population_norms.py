@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from model import BN_DECAY, build_model, checkpoints
+from paper.trainings import trained_precision
 from running.arriving import step_of
 from train import make_adversary, make_optimizer, make_train_step
 
@@ -59,6 +60,7 @@ def set_population_norms(model, data, config, rule):
     if rule == 'trained':
         return
     if rule in REPLAYS:
+        config = {**config, 'precision': trained_precision(config)}
         for v, norm in zip(population_norms(model), replayed(data, json.dumps(config), rule)):
             v.assign(norm)
         return

@@ -17,7 +17,7 @@ from paper.population_norms import RULES
 from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, IN_TRAINING, INFERENCE_RATIOS, INFERENCES,
                              MODES, NORM_SHAPING, PAPER_ADAPTIVE, PAPER_RATIOS, PAPER_TABLES,
                              SHAPED, Training)
-from paper.trainings import config_of, name_of
+from paper.trainings import changes_nothing, config_of, name_of
 from running import UserError
 from shaping import num_clean
 
@@ -129,8 +129,9 @@ def summary_rows(config, evaluations):
     """Returns clean and robust accuracy of each training, and how far both are from two others'.
 
     Robust: the worst case in the ball over all attacks of Tables I and II that were run on all
-    images. The others, by the same adversary and judged by pn: adversarial-only training, the
-    default; and shaping in training alone, the simple mix (see claims.NOTE).
+    images; of stored ones, some may be lacking, which are named. The others, by the same adversary
+    and judged by pn: adversarial-only training, the default; and shaping in training alone, the
+    simple mix (see claims.NOTE).
     """
     all_attacks = {training: attacks_on(training, config, evaluations) for training in available(
         [Training(adversary, mode) for adversary in PAPER_TABLES for mode in MODES], config,
@@ -145,8 +146,12 @@ def summary_rows(config, evaluations):
                 if inference == 'pn':
                     judged_by_pn[training.adversary, training.mode] = right
     for training, clean, worst, right in found:
+        lacking = [attack for *_, other, _ in found if other['inference'] == worst['inference']
+                   for attack in other['attacks'] if attack not in worst['attacks']]
+        without = f' (without {", ".join(dict.fromkeys(lacking))})' if lacking else ''
         rows.append([f'`{name_of(training, config)}`', f'`{worst["inference"]}`',
-                     formats.accuracy(clean), formats.share(worst['accuracy'], worst['interval']),
+                     formats.accuracy(clean),
+                     formats.share(worst['accuracy'], worst['interval']) + without,
                      *(cell for mode in (ADV_ONLY, IN_TRAINING) for cell in formats.against(
                          right, judged_by_pn.get((training.adversary, mode))))])
     return rows
@@ -436,7 +441,8 @@ TABLES = {
 def trainings_of(tables, config):
     """Returns {name: configuration} of all trainings that some tables need."""
     return {name_of(training, config): config_of(training, config)
-            for table in tables for training in table.trainings}
+            for table in tables for training in table.trainings
+            if not changes_nothing(training, config)}
 
 
 def section(table, config, evaluations):
@@ -458,6 +464,8 @@ def caption(table, config):
     data = config['dataset']
     if config['classes']:
         data += f' ({", ".join(config["classes"])})'
+    if config['precision'] != 'float32':
+        data = f'{config["precision"]}, {data}'
     n = config['num_eval_examples']
     images = table.caption.format(n=min(n, table.max_examples or n), all=n,
                                   step=f'{config["step_size"]:g}', steps=config['num_steps'],

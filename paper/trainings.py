@@ -103,6 +103,12 @@ def config_of(training, config):
     return of_training
 
 
+def changes_nothing(training, config):
+    """Returns whether a variant is the training that it varies, such as w32-1 where that is."""
+    variant, base = (config_of(each, config) for each in (training, training._replace(variant='')))
+    return bool(training.variant) and {**variant, 'model_dir': ''} == {**base, 'model_dir': ''}
+
+
 def is_trained(of_training):
     """Returns whether the model of a training's configuration is there.
 

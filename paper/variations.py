@@ -10,17 +10,19 @@ from typing import NamedTuple
 from attacks import make_attack, num_examples
 from config import relevant
 from eval import evaluate_attack, make_judges
+from model import network_name
 from paper import formats
 from paper.cells import kept_of, result_of, right_of
 from paper.experiments import mean_shifts, norm_shifts
 from paper.intervals import paired_difference
 from paper.published import (INFERENCES, NATURAL, NORM_SHAPING, PAPER_ATTACKS, PAPER_TABLES, SHAPED,
                              Training)
-from paper.trainings import name_of
+from paper.trainings import changes_nothing, config_of, name_of
 from running import UserError
 from train import make_optimizer
 
 MAX_EXAMPLES = 1000
+NETWORK = '{network}'
 HEADER = ['varied', 'value', 'learning rate', 'clean, `pn`', 'clean, `bn_shaping`',
           '`pgd` made with `pn`, judged by `pn`', 'the same examples, `bn_shaping`', 'difference',
           '`adaptive_pgd`, `bn_shaping`', 'norms moved by the tail / by chance']
@@ -35,7 +37,7 @@ NOTE = ('Learning rate: the one at which the checkpoint is judged. Norms moved: 
 class Variation(NamedTuple):
     """A row: what is varied, from norm shaping as configured."""
     varied: str
-    value: str
+    value: str                       # NETWORK stands for the network's name
     training: Training
     norms: str = 'trained'           # how the population norms are made; see population_norms.py
     source: Training | None = None   # makes the examples, and `pn` is that of its model
@@ -59,15 +61,15 @@ VARIATIONS = (
                 f'stale {steps}') for steps in (10, 100, 1000) for seed in (0, 1)),
     Variation("the training's `attack_norms`", '`fixed` for `batch`, or the reverse',
               _shaped('other_norms')),
-    Variation('depth', 'w32-1', _shaped('w32')),
-    Variation('width', 'w8-2', _shaped('width2')),
-    Variation('width', 'w8-4', _shaped('width4')),
+    Variation('depth', NETWORK, _shaped('w32')),
+    Variation('width', NETWORK, _shaped('width2')),
+    Variation('width', NETWORK, _shaped('width4')),
     Variation('precision', 'mixed_bfloat16', _shaped('bfloat16')),
     Variation('training time', 'a third', _shaped('third')),
     Variation('training time', '8 times', _shaped('longer')),
     Variation('training time', '8 times, no augmentation', _shaped('fitted')),
     Variation('conjecture: the attack in training', 'one step of epsilon', _shaped('one_step')),
-    Variation('conjecture: the attack in training', 'one step of epsilon, w8-4',
+    Variation('conjecture: the attack in training', f'one step of epsilon, {NETWORK}',
               _shaped('width4_one_step')),
     Variation('conjecture: examples and `pn` of another model', 'natural training', SHAPED,
               source=Training('pgd', NATURAL)),
@@ -87,12 +89,22 @@ TRAININGS = tuple(dict.fromkeys(training for each in VARIATIONS
 
 def variation_rows(config, evaluations):
     """Returns a row for each variation; of stored evaluations, for those that are there."""
-    rows = [row for row in (_row(each, config, evaluations) for each in VARIATIONS) if row]
+    rows = [row for row in (_row(each, config, evaluations) for each in varied_by(config)) if row]
+    if not rows:
+        raise UserError('nothing is stored of norm shaping and what varies it')
     paper = PAPER_TABLES['pgd'][NORM_SHAPING]
     pn, shaped = map(INFERENCES.index, ('pn', 'bn_shaping'))
     return [*rows, ['all of it', 'the paper: w32-10, ten classes, 80,000 steps', '0.0001', *(
         formats.percent(paper[attack][i]) for attack in ('clean', 'pgd') for i in (pn, shaped)),
         f'{100 * (paper["pgd"][shaped] - paper["pgd"][pn]):+.1f}', '', '']]
+
+
+def varied_by(config):
+    """Yields those of VARIATIONS that change something, with the network's name filled in."""
+    for each in VARIATIONS:
+        if not changes_nothing(each.training, config):
+            network = network_name(config_of(each.training, config))
+            yield each._replace(value=each.value.replace(NETWORK, network))
 
 
 def is_shown(of_training):
@@ -103,7 +115,7 @@ def is_shown(of_training):
 def differences(config, evaluations):
     """Returns {what is varied, to which value: (difference, interval)} of the rows, for a plot."""
     found = {}
-    for each in VARIATIONS:
+    for each in varied_by(config):
         judged = _judged(each, config, evaluations)
         if judged:
             found[each.varied, each.value] = paired_difference(

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import tensorflow as tf
 import classify
 import export
 from cifar10_input import load_data
-from config import load_config
+from config import load_config, store_config
 from conftest import ROOT, fuzz
 from hypothesis import strategies as st
 from model import build_model, find_checkpoint
@@ -402,6 +403,20 @@ def test_a_damaged_picture_is_never_a_traceback(tmp_path_factory, contents, plac
         classify.read_images(str(path), resize=True)
     except UserError as error:
         assert '\n' not in str(error)
+
+
+def test_classify_checks_settings_against_the_models_own_configuration(tmp_path, pictures):
+    """It has batches of 64, which can be divided 7:1; config.json's 100 cannot."""
+    model = tmp_path / 'model'
+    shutil.copytree(os.path.join(ROOT, 'weights', 'three_classes', 'pgd_natural'), model)
+    config = load_config(model / 'config.json')
+    store_config({**config, 'shaping_batch_size': 64, 'inference_shaping_ratio': 3},
+                 str(model / 'config.json'))
+    found = [program('classify.py', '--model', str(model), 'a.png', settings=settings, cwd=pictures)
+             for settings in (['inference_shaping_ratio=7', 'model_dir=nowhere'],
+                              ['inference_shaping_ratio=4'])]
+    assert [status for status, *_ in found] == [0, 2]
+    assert 'a batch of 64 cannot be divided 4:1' in found[1][2][0]
 
 
 def test_classify_without_a_model_or_with_too_many_votes_is_one_line(exported, pictures, tmp_path):

@@ -12,7 +12,7 @@ import tensorflow as tf
 from attacks import ATTACKS, minimum_norm
 from config import load_config, store_config
 from conftest import ROOT
-from eval import WORST_IN_BALL
+from eval import WORST_CASE, WORST_IN_BALL, WORST_OF_SLOW
 from paper import (cells, checks, claims, curves, experiments, formats, gallery, headline,
                    intervals, population_norms, published, scales, tables)
 from paper.cells import NUM_DRAWS, Evaluations, StoredEvaluations, right_in_draws, right_of
@@ -581,7 +581,7 @@ def test_the_program_makes_tables_and_plots_and_a_second_run_computes_nothing(tm
 def test_a_table_is_made_from_nothing_and_of_what_is_stored(target, evaluations, monkeypatch):
     monkeypatch.setattr(population_norms, 'NUM_BATCHES', 2)
     monkeypatch.setattr(headline, 'FULL_BUDGET', {'apgd_num_steps': 3, 'num_restarts': 2})
-    monkeypatch.setattr(Evaluations, 'num_test_images', lambda _: 40)  # of 2,000
+    monkeypatch.setattr(Evaluations, 'numbers_of_images', lambda _: [40])  # of 2,000
     evaluations.config['apgd_num_steps'] = 2
     monkeypatch.setattr(tables, 'RULES', {rule: population_norms.RULES[rule]
                                           for rule in ('trained', 'last batch')})
@@ -769,6 +769,65 @@ def test_worst_cases_are_over_the_attacks_that_each_mode_has(tmp_path):
     assert 'adaptive' in worst['pn']['attacks'] and 'apgd_eot' not in worst['pn']['attacks']
     del by_attack['adaptive']
     assert {r['inference'] for r in cells.worst_cases_of(by_attack, config)} == set(cells.JUDGES)
+    slow = by_attack['apgd_eot']  # now one that `bn` lacks
+    kept = [r['inference'] != 'bn' for r in slow['results']]
+    by_attack['apgd_eot'] = slow | {key: [each for each, keep in zip(slow[key], kept) if keep]
+                                    for key in ('results', 'right')}
+    worst = {(r['attack'], r['inference']) for r in cells.worst_cases_of(by_attack, config)}
+    assert {inference for attack, inference in worst if attack == WORST_IN_BALL} == set(
+        cells.JUDGES)
+    assert {inference for attack, inference in worst if attack in (WORST_OF_SLOW, WORST_CASE)} == {
+        'pn', 'bn_shaping', 'bn_recorded'}
+
+
+def test_the_summary_names_the_attacks_that_a_training_lacks(tmp_path):
+    """Fewer attacks leave more: without a word, 'robust' would be another training's advantage."""
+    folder = Path(ROOT, 'results', 'three_classes')
+    config = load_config(folder / 'config.json')
+    for path in folder.glob('cells/*.json'):
+        if not path.name.startswith('pgd_adv_only-adaptive-'):
+            shutil.copy(path, tmp_path)
+
+    def rows(cells_folder):
+        return {tuple(row[:2]): row[3] for row in tables.summary_rows(config, {
+            name: StoredEvaluations(name, of, cells_folder) for name, of in tables.trainings_of(
+                [TABLES['summary']], config).items()})}
+    whole, part = rows(folder / 'cells'), rows(tmp_path)
+    assert not any('without' in robust for robust in whole.values())
+    for (name, inference), robust in part.items():
+        assert robust.endswith(' (without adaptive)') == (name == '`pgd_adv_only`')
+        assert name == '`pgd_adv_only`' or robust == whole[name, inference]
+
+
+def test_stored_evaluations_of_different_images_are_refused(tmp_path):
+    source = Path(ROOT, 'results', 'cifar10_w32_4')
+    shutil.copytree(source / 'cells', tmp_path / 'cells')
+    shutil.copy(source / 'config.json', tmp_path)
+    for path in tmp_path.glob('cells/pgd_adv_only-*.json'):
+        cell = json.loads(path.read_text())
+        cell['identity'][3] = 'others'
+        path.write_text(json.dumps(cell))
+    status, _, stderr = program('reproduce.py', 'headline', '--stored', str(tmp_path))
+    assert status == 2 and 'pgd_adv_only' in stderr[0] and 'on different images' in stderr[0]
+    assert len(stderr) == 1
+
+
+@pytest.mark.parametrize('contents', [
+    '{}', '{"identity": ["pgd_adv_only", "clean", 1]}',
+    '{"identity": ["pgd_adv_only", "clean", "w", "i", {}], "results": [{}], "in_ball": "1"}'])
+def test_what_is_no_evaluation_is_named(tmp_path, contents):
+    (tmp_path / 'pgd_adv_only-x.json').write_text(contents)
+    with pytest.raises(UserError, match='pgd_adv_only-x.json is not what reproduce.py keeps'):
+        StoredEvaluations('pgd_adv_only', {}, tmp_path)
+
+
+@pytest.mark.parametrize('target', ['binarization', 'variations', 'headline'])
+def test_a_table_of_nothing_is_no_table(tmp_path, target, small_config):
+    config = small_config()
+    stored = {name: StoredEvaluations(name, of, tmp_path) for name, of in tables.trainings_of(
+        [TABLES[target]], config).items()}
+    with pytest.raises(UserError, match='stored'):
+        tables.section(TABLES[target], config, stored)
 
 
 def test_the_gap_is_shown_without_a_direct_attack_but_not_without_the_others(tmp_path):
@@ -790,6 +849,18 @@ def test_accuracies_on_fewer_images_are_compared_on_those():
     alike = formats.against(ours[:, :40], theirs[:, :40])
     assert formats.against(ours[:, :40], theirs) == alike
     assert formats.against(ours, theirs[:, :40]) == alike != formats.against(ours, theirs)
+
+
+def test_the_headline_takes_what_table_1_has():
+    """TRADES of results/three_classes: `clean` and PGD are stored as Tables I and II ask for."""
+    folder = Path(ROOT, 'results', 'three_classes')
+    config = load_config(folder / 'config.json')
+    stored = {name: StoredEvaluations(name, of, folder / 'cells') for name, of in
+              tables.trainings_of([TABLES['headline']], config).items()}
+    rows = {tuple(row[:2]): row for row in headline.headline_rows(config, stored)}
+    summary = {tuple(row[:2]): row for row in tables.summary_rows(config, stored)}
+    key = '`trades_adv_only`', '`pn`'
+    assert rows[key][2:4] == [1000, summary[key][2]]
 
 
 def test_the_headline_is_what_both_attacks_leave():
@@ -817,6 +888,6 @@ def test_the_headline_is_what_both_attacks_leave():
         assert row[2] == 3000 and row[6].startswith(f'{100 * ours.mean():.1f} [')
         assert row[9].startswith(f'{100 * (ours.mean() - theirs.mean()):+.1f} [')
     made = tables.section(TABLES['headline'], config, stored)
-    assert 'Left out, as not stored: ' in made and '`trades_adv_only`' in made.splitlines()[2]
+    assert 'Left out, as not stored: `pgd_natural`' in made.splitlines()[2]
     assert os.path.basename(default['model_dir']) == 'pgd_adv_only' and rows[
         '`pgd_adv_only`', '`pn`'][8:] == ['', '']

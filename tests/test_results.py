@@ -243,7 +243,7 @@ def test_pictures_show_clean_adversarial_and_difference(run, tmp_path, monkeypat
     texts = []
     monkeypatch.setattr('matplotlib.axes.Axes.set_xlabel',
                         lambda axis, text, **_: texts.append(text))
-    path = str(tmp_path / 'p.png')
+    path = str(tmp_path / 'new' / 'p.png')
     run(['clean', 'pgd'], ['pn', 'bn'], pictures=path)
     assert image.imread(path).shape[2] == 4 and len(drawn) == 8 * 3
     clean, adversarial, difference = drawn[:3]
@@ -318,6 +318,21 @@ def test_a_comparison_shows_the_last_runs_checkpoint(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'results.json, step 8' in out and out.count('clean, pn') == 1
     assert out.rstrip().endswith(' 50')
+
+
+def test_a_comparison_goes_by_the_weights_not_by_where_they_were(run, tmp_path, capsys):
+    """A folder is moved between two evaluations: the rows of both are of the same weights."""
+    run(['clean'], ['pn'])
+    (tmp_path / 'm').rename(tmp_path / 'moved')
+    path = tmp_path / 'moved' / 'eval' / 'results.json'
+    contents = json.loads(path.read_text())
+    row = {**contents['results'][0], 'attack': 'pgd', 'checkpoint': 'moved/checkpoint-7'}
+    contents |= {'checkpoint': 'moved/checkpoint-7', 'results': [*contents['results'], row]}
+    path.write_text(json.dumps(contents))
+    capsys.readouterr()
+    print_comparison([str(tmp_path / 'moved')])
+    out = capsys.readouterr().out
+    assert 'clean, pn' in out and 'pgd, pn' in out
 
 
 @pytest.mark.parametrize('contents, named', [

@@ -1,4 +1,5 @@
 """The table `variations`: what a replay of a training finds, and how a row is judged."""
+import json
 import os
 
 import pytest
@@ -174,3 +175,25 @@ def test_the_steps_of_a_training_leave_a_half(small_config, data):
         variations.check_steps(small_config(max_num_training_steps=1), data)
     half = config_of(SHAPED._replace(variant='half'), small_config(max_num_training_steps=8))
     assert half['max_num_training_steps'] == 4
+
+
+def test_a_variation_that_changes_nothing_is_none(small_config):
+    """At the paper's depth, `w32` is the training itself; a row names the network that it has."""
+    deep = small_config(num_residual_units=5, width_factor=1, precision='mixed_bfloat16')
+    shown = {(each.varied, each.value) for each in variations.varied_by(deep)}
+    assert {value for varied, value in shown if varied == 'width'} == {'w32-2', 'w32-4'}
+    assert not {'depth', 'precision'} & {varied for varied, _ in shown}
+    names = tables.trainings_of([tables.TABLES['variations']], deep)
+    assert not any(name.endswith(('_w32', '_bfloat16')) for name in names)
+    small = small_config(num_residual_units=1, width_factor=1)
+    assert {('depth', 'w32-1'), ('width', 'w8-4'), ('precision', 'mixed_bfloat16')} <= {
+        (each.varied, each.value) for each in variations.varied_by(small)}
+
+
+def test_a_replay_is_in_the_precision_of_the_training(trained, norms_at, small_model, monkeypatch):
+    seen = []
+    monkeypatch.setattr('paper.population_norms.replayed',
+                        lambda data, config, rule: seen.append(json.loads(config)) or [])
+    norms_at(5)  # trains it
+    set_population_norms(small_model, None, {**trained, 'precision': 'mixed_bfloat16'}, 'stale 10')
+    assert seen[0]['precision'] == trained['precision'] == 'float32'
