@@ -354,7 +354,7 @@ def config_of_model():
     Without --model, that of config_from_flags.
 
     Raises:
-        UserError: an option beside it that changes nothing, or a configuration that cannot work.
+        UserError: --config beside it, --set beside an export, a configuration that cannot work.
     """
     folder, settings = flags.FLAGS.model, flags.FLAGS.set
     if not folder:

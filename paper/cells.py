@@ -156,7 +156,7 @@ class Evaluations:
         return True
 
     def numbers_of_images(self):
-        """Returns [how many test images there are]; of stored evaluations, all that one has."""
+        """Returns [how many test images there are]; of stored ones, each number that one is of."""
         return [self.data.eval_data.n]
 
     def judges_of(self, name):
@@ -268,11 +268,16 @@ def is_evaluation(evaluation):
     """Returns whether a file's JSON is what Evaluations.get keeps."""
     if not isinstance(evaluation, dict):
         return False
-    identity, results = evaluation.get('identity'), evaluation.get('results', [])
-    return (isinstance(identity, list) and len(identity) >= 5
-            and all(isinstance(each, str) for each in identity[:-1]) and isinstance(results, list)
-            and ('results' not in evaluation or len(evaluation.get('right', ())) == len(results)
-                 and isinstance(evaluation.get('in_ball'), str)))
+    identity = evaluation.get('identity')
+    if not (isinstance(identity, list) and len(identity) >= 5
+            and all(isinstance(each, str) for each in identity[:-1])):
+        return False
+    if 'results' not in evaluation:  # of an experiment
+        return True
+    results, right = evaluation['results'], evaluation.get('right')
+    return (isinstance(results, list) and isinstance(right, list) and len(results) == len(right)
+            and all(isinstance(result, dict) and 'inference' in result for result in results)
+            and all(isinstance(each, str) for each in (*right, evaluation.get('in_ball'))))
 
 
 # ---- Tables I and II

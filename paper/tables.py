@@ -36,6 +36,7 @@ class Table(NamedTuple):
     header: list
     rows: Callable         # (config, evaluations) -> lists of what stands below the header
     caption: str           # what the numbers are of; {n}: on how many images, {all}: of how many,
+                           # {evaluated}: in which precision, where not float32,
                            # {step}, {steps}: PGD's step_size and num_steps; {xent}, {beta}: what
                            # TRADES trains on
     max_examples: int | None = None  # the most images that it takes; None: num_eval_examples
@@ -287,10 +288,10 @@ def has_clean(of_training):
     return of_training.has('clean')
 
 
-FIRST = 'the first {n} test images'
+FIRST = 'the first {n} test images{evaluated}'
 ACCURACY = f'{FIRST}; accuracy in %, [95% Wilson intervals]; t: transferred'
 DIFFERENCES = '; differences in points, [95% intervals of pairs of the same samples]'
-FIRST_TRAINING = 'the first {n} training images, in whole batches'
+FIRST_TRAINING = 'the first {n} training images, in whole batches{evaluated}'
 MAIN_HEADER = ['training', 'attack', *(column for inference in INFERENCES
                                        for column in (f'`{inference}`', 'paper')), '`bn_recorded`']
 
@@ -464,10 +465,9 @@ def caption(table, config):
     data = config['dataset']
     if config['classes']:
         data += f' ({", ".join(config["classes"])})'
-    if config['precision'] != 'float32':
-        data = f'{config["precision"]}, {data}'
-    n = config['num_eval_examples']
-    images = table.caption.format(n=min(n, table.max_examples or n), all=n,
+    n, precision = config['num_eval_examples'], config['precision']
+    evaluated = '' if precision == 'float32' else f', evaluated in {precision}'
+    images = table.caption.format(n=min(n, table.max_examples or n), all=n, evaluated=evaluated,
                                   step=f'{config["step_size"]:g}', steps=config['num_steps'],
                                   xent=config['trades_xent'], beta=f'{config["trades_beta"]:g}')
     return (f'{network_name(config)}, {config["max_num_training_steps"]} steps of batch '

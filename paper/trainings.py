@@ -104,9 +104,16 @@ def config_of(training, config):
 
 
 def changes_nothing(training, config):
-    """Returns whether a variant is the training that it varies, such as w32-1 where that is."""
-    variant, base = (config_of(each, config) for each in (training, training._replace(variant='')))
-    return bool(training.variant) and {**variant, 'model_dir': ''} == {**base, 'model_dir': ''}
+    """Returns whether a variant is the training that it varies, or an earlier variant of it.
+
+    So are w32-1 where the depth is that already, and FGSM's at width 4 where FGSM's has width 4.
+    """
+    if not training.variant:
+        return False
+    earlier = ['', *VARIANTS][:1 + [*VARIANTS].index(training.variant)]
+    mine, *theirs = ({**config_of(training._replace(variant=variant), config), 'model_dir': ''}
+                     for variant in (training.variant, *earlier))
+    return mine in theirs
 
 
 def is_trained(of_training):

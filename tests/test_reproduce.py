@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -799,7 +800,7 @@ def test_the_summary_names_the_attacks_that_a_training_lacks(tmp_path):
         assert name == '`pgd_adv_only`' or robust == whole[name, inference]
 
 
-def test_stored_evaluations_of_different_images_are_refused(tmp_path):
+def test_stored_evaluations_of_different_images_are_refused(tmp_path, monkeypatch):
     source = Path(ROOT, 'results', 'cifar10_w32_4')
     shutil.copytree(source / 'cells', tmp_path / 'cells')
     shutil.copy(source / 'config.json', tmp_path)
@@ -807,14 +808,39 @@ def test_stored_evaluations_of_different_images_are_refused(tmp_path):
         cell = json.loads(path.read_text())
         cell['identity'][3] = 'others'
         path.write_text(json.dumps(cell))
-    status, _, stderr = program('reproduce.py', 'headline', '--stored', str(tmp_path))
-    assert status == 2 and 'pgd_adv_only' in stderr[0] and 'on different images' in stderr[0]
-    assert len(stderr) == 1
+    config = load_config(tmp_path / 'config.json')
+
+    def stored(folder):
+        return [StoredEvaluations(name, of, folder / 'cells') for name, of in tables.trainings_of(
+            [TABLES['headline']], config).items()]
+    reproduce.check_same_images(stored(source), 'a folder')  # some trainings have nothing stored
+    with pytest.raises(UserError, match='pgd_adv_only and pgd_shaping.* on different images'):
+        main_of_stored(tmp_path, monkeypatch, ['headline'])
+
+
+def main_of_stored(folder, monkeypatch, words):
+    monkeypatch.setattr(reproduce.flags, 'FLAGS', SimpleNamespace(
+        stored=str(folder), ray=None, config=None, set=[]))
+    reproduce.main(words)
+
+
+def test_a_table_that_is_left_out_leaves_no_doubt_of_an_older_one(tmp_path, monkeypatch, capsys):
+    source = Path(ROOT, 'results', 'cifar10_w32_4')
+    shutil.copytree(source, tmp_path / 'copy')
+    (tmp_path / 'copy' / 'seeds.md').write_text('of before')
+    monkeypatch.setattr(reproduce, 'TABLES', {name: TABLES[name] for name in ('gap', 'seeds')})
+    main_of_stored(tmp_path / 'copy', monkeypatch, ['all'])
+    shown = capsys.readouterr()
+    assert 'seeds is left out: ' in shown.err and 'seeds.md in ' in shown.err
+    assert 'gap.md' in shown.out and 'gap' not in shown.err
 
 
 @pytest.mark.parametrize('contents', [
     '{}', '{"identity": ["pgd_adv_only", "clean", 1]}',
-    '{"identity": ["pgd_adv_only", "clean", "w", "i", {}], "results": [{}], "in_ball": "1"}'])
+    *('{"identity": ["pgd_adv_only", "clean", "w", "i", {}], "in_ball": "1", ' + damage + '}'
+      for damage in ('"results": [{}]', '"results": [], "right": 5',
+                     '"results": [{}], "right": ["1"]', '"results": [5], "right": ["1"]',
+                     '"results": [{"inference": "pn"}], "right": [1]'))])
 def test_what_is_no_evaluation_is_named(tmp_path, contents):
     (tmp_path / 'pgd_adv_only-x.json').write_text(contents)
     with pytest.raises(UserError, match='pgd_adv_only-x.json is not what reproduce.py keeps'):
