@@ -9,6 +9,7 @@ from paper.intervals import FEW_PAIRS, paired_difference
 from paper.published import (CLAIMS, CLOSE, INFERENCE_RATIOS, MORE, NO_MORE, NOT_COMPARABLE,
                              SAME, paper_difference)
 from paper.trainings import name_of
+from running import UserError
 
 SAME_POINTS = 2   # up to which two accuracies count as the same
 CLOSE_POINTS = 5  # how far below the best is close to it: the paper's are up to 3.4
@@ -43,8 +44,8 @@ The intervals are over test images and, in rows with "{NUM_DRAWS} draws", over t
 samples that classify the same examples. In other rows there is one draw or none; `adaptive_pgd`
 and `adaptive_weak` always have one. Where the two differ on fewer than {FEW_PAIRS} images, the
 interval is exact and cautious. Each model is one training, and another seed's may differ by more
-(see the table of seeds). Of {len(CLAIMS)} intervals of 95%, {round(len(CLAIMS) / 20)} are expected
-to miss by chance.
+(see the table of seeds). About one in twenty intervals of 95% is expected to
+miss by chance.
 
 """ + textwrap.fill(f'Claims about `cw` are not comparable: {NOT_COMPARABLE["cw"]}.', 100)
 
@@ -52,16 +53,20 @@ to miss by chance.
 def claim_rows(config, evaluations):
     """Returns the paper's claims: its difference, ours on the same samples, and a verdict.
 
-    Where one of the two attacks was run on fewer samples, the difference is on these.
+    Where one of the two attacks was run on fewer samples, the difference is on these. Of stored
+    evaluations, the claims that lack one are counted in a last row.
+
+    Raises:
+        UserError: all claims lack one.
     """
-    rows = []
+    rows, lacking = [], 0
     for claim in CLAIMS:  # all are asked for before one is looked into: Ray computes side by side
         for of in (claim.higher, claim.lower, *claim.others):
             evaluation_of(of, config, evaluations)
     for claim in CLAIMS:
         paper, both = paper_difference(claim), right_in_both(claim, config, evaluations)
         if both is None:
-            rows.append([claim.where, claim.words, paper_words(paper), '', 'not computed'])
+            lacking += 1
             continue
         a, b = both
         value, interval = paired_difference(a, b)
@@ -71,6 +76,10 @@ def claim_rows(config, evaluations):
             said += "; the paper's own numbers do not show it"
         rows.append([claim.where, claim.words, paper_words(paper),
                      formats.difference(value, interval) + remarks(a, b, config), said])
+    if not rows:
+        raise UserError('no claim has both of its numbers stored')
+    if lacking:
+        rows.append(['', f'{lacking} of the {len(CLAIMS)} claims', '', '', 'not computed'])
     return rows
 
 
