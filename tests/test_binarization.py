@@ -106,8 +106,11 @@ def test_rows_count_planted_examples_alone(digits, planted, cells, config):
         def get(self, what, identity, compute):
             of_all = dict.fromkeys(KNOWING + EXPECTING, digits)
             return {'planted': planted, 'found': of_all, 'random': of_all}
+
+        def if_kept(self, get, *args):  # all but one test, which takes an hour on a deep network
+            return None if args[1:] == ('bn_shaping', EXPECTING) else get(*args)
     Stored.config = config
     names = ('pgd_adv_only', 'pgd_shaping_in_attack_and_training_3to1')
     rows = binarization.binarization_rows(config, dict.fromkeys(names, Stored()))
-    assert len(rows) == 2 * (2 + 3 + 3) and {len(row) for row in rows} == {7}
+    assert len(rows) == 2 * (2 + 2 + 3) and {len(row) for row in rows} == {7}
     assert all([row[3], *row[5:]] == cells for row in rows)
