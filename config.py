@@ -343,9 +343,14 @@ def config_from_flags():
         if path is not None:
             raise UserError('--config and --model_dir each name a configuration; expected one of '
                             'them, with --set for single keys')
-        path = os.path.join(model_dir, 'config.json')
-        settings = [*settings, f'model_dir={json.dumps(model_dir)}']
+        return config_in(model_dir, settings)
     return load_config(path, settings)
+
+
+def config_in(folder, settings):
+    """Returns the configuration of the training in a folder, with that folder as its model_dir."""
+    return load_config(os.path.join(folder, 'config.json'),
+                       [*settings, f'model_dir={json.dumps(folder)}'])
 
 
 def config_of_model():
@@ -362,8 +367,7 @@ def config_of_model():
     if flags.FLAGS.config:
         raise UserError('--model and --config each name a configuration; expected one of them')
     if not os.path.isfile(os.path.join(folder, SAVED_MODEL)):
-        return load_config(os.path.join(folder, 'config.json'),
-                           [*settings, f'model_dir={json.dumps(folder)}'])
+        return config_in(folder, settings)
     if settings:
         raise UserError(f'--set changes nothing in {folder}, which is an exported model; expected '
                         '--model of a training beside it')

@@ -12,7 +12,7 @@ from doubts import Probe, chance, doubled, fewer
 from eval import lost_iterates, make_judges, run_direct
 from paper import formats
 from paper.cells import JUDGES, SLOW_ATTACKS, result_of, right_of
-from paper.intervals import paired_difference
+from paper.intervals import first_of_all, paired_difference
 from paper.published import DEFAULT, MODES, PAPER_TABLES, SHAPED, Training
 from paper.trainings import name_of
 from shaping import FORMS
@@ -251,8 +251,7 @@ def closeness(strong, weak):
 
 def right_in(evaluations, inference):
     """Returns who was right in several evaluations, on the images that all of them have."""
-    right = [right_of(evaluation, inference) for evaluation in evaluations]
-    return [each[:min(map(len, right))] for each in right]
+    return first_of_all(*(right_of(evaluation, inference) for evaluation in evaluations))
 
 
 def check_row(name, what, accuracy, difference, holds):

@@ -5,7 +5,7 @@ import textwrap
 from attacks import DIRECT
 from paper import formats
 from paper.cells import NUM_DRAWS, right_in_draws
-from paper.intervals import FEW_PAIRS, paired_difference
+from paper.intervals import FEW_PAIRS, first_of_all, paired_difference
 from paper.published import (CLAIMS, CLOSE, INFERENCE_RATIOS, MORE, NO_MORE, NOT_COMPARABLE,
                              SAME, paper_difference)
 from paper.trainings import name_of
@@ -93,10 +93,10 @@ def right_in_both(claim, config, evaluations):
              for of in (claim.higher, claim.lower, *claim.others)]
     if None in found:
         return None
-    a, *others = (right_in_draws(evaluation, of.inference, of.inference_ratio)
-                  for evaluation, of in zip(found, (claim.higher, claim.lower, *claim.others)))
-    n = min(right.shape[1] for right in (a, *others))
-    return a[:, :n], max((right[:, :n] for right in others), key=lambda right: right.mean())
+    a, *others = first_of_all(*(
+        right_in_draws(evaluation, of.inference, of.inference_ratio)
+        for evaluation, of in zip(found, (claim.higher, claim.lower, *claim.others))))
+    return a, max(others, key=lambda right: right.mean())
 
 
 def evaluation_of(of, config, evaluations):

@@ -1,7 +1,7 @@
 """How numbers are shown in the tables: percent, points, intervals, Markdown."""
 from doubts import is_transferred
 from paper.cells import result_of, right_in_draws
-from paper.intervals import first_of_both, paired_difference
+from paper.intervals import first_of_all, paired_difference
 
 
 def percent(value):
@@ -42,7 +42,7 @@ def against(ours, theirs):
     """
     if theirs is None or theirs is ours:
         return ['', '']
-    return [difference(*paired_difference(*first_of_both(*both))) for both in zip(ours, theirs)]
+    return [difference(*paired_difference(*first_of_all(*both))) for both in zip(ours, theirs)]
 
 
 def pn_and_shaping(evaluation, n):

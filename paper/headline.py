@@ -8,6 +8,7 @@ from attacks import DIRECT
 from eval import wilson_interval
 from paper import formats
 from paper.cells import result_of, right_in_draws, right_of
+from paper.intervals import first_of_all
 from paper.published import ADV_ONLY, DEFAULT, MODES, NATURAL, PAPER_TABLES, SHAPED, Training
 from paper.trainings import name_of
 from running import UserError
@@ -57,9 +58,8 @@ def headline_rows(config, evaluations):
 
 def survivors(of_attacks, inference):
     """Returns which images are right under all of some evaluations, bool [fewest of them]."""
-    right = [right_of(evaluation, inference) for evaluation in of_attacks]
-    n = min(map(len, right))  # num_attack_examples may be less for one of them
-    return np.all([of_attack[:n] for of_attack in right], axis=0)
+    # num_attack_examples may be less for one of them
+    return np.all(first_of_all(*(right_of(each, inference) for each in of_attacks)), axis=0)
 
 
 def of_row(inference, of_training, with_full_budget):

@@ -8,10 +8,10 @@ FEW_PAIRS = 25   # with fewer pairs that disagree, an interval is exact, not a n
 NUM_RESAMPLES, SEED = 2000, 0  # of a bootstrap
 
 
-def first_of_both(a, b):
-    """Returns those of a and b, bool [n] or [draws, n], that are of samples that both have."""
-    n = min(a.shape[-1], b.shape[-1])
-    return a[..., :n], b[..., :n]
+def first_of_all(*right):
+    """Returns those of several bool [n] or [draws, n] that are of samples that all of them have."""
+    n = min(each.shape[-1] for each in right)
+    return [each[..., :n] for each in right]
 
 
 def paired_difference(a, b):

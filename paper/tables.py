@@ -12,7 +12,7 @@ from paper import (binarization, checks, claims, curves, experiments, formats, g
                    neighbours, plots, scales, variations)
 from paper.cells import (JUDGES, attacks_on, available, from_digits, result_of, right_in_draws,
                          right_of, worst_cases_of)
-from paper.intervals import first_of_both, paired_difference
+from paper.intervals import first_of_all, paired_difference
 from paper.population_norms import RULES
 from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, IN_TRAINING, INFERENCE_RATIOS, INFERENCES,
                              MODES, NORM_SHAPING, PAPER_ADAPTIVE, PAPER_RATIOS, PAPER_TABLES,
@@ -231,7 +231,7 @@ def transfer_rows(config, evaluations):
                          *(formats.accuracy(result_of(of, inference), n)
                            for of in (direct, transfer)),
                          # num_attack_examples may name one of them
-                         formats.difference(*paired_difference(*first_of_both(*both)))])
+                         formats.difference(*paired_difference(*first_of_all(*both)))])
     return rows
 
 

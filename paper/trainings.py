@@ -155,9 +155,10 @@ def train_if_missing(name, of_training, config, options=()):
         SystemExit: train.py was stopped; with its exit status.
     """
     if is_trained(of_training):
-        if trained_precision(of_training) != of_training['precision']:
-            print(f'{name} was trained in {trained_precision(of_training)}; what is missing is '
-                  f'evaluated in {of_training["precision"]}', flush=True)
+        trained_in, precision = trained_precision(of_training), of_training['precision']
+        if trained_in != precision:
+            print(f'{name} was trained in {trained_in}; what is missing is evaluated in '
+                  f'{precision}', flush=True)
         return
     arguments = [*options]
     for key in SCHEMA:

@@ -4,9 +4,8 @@
     python tests/cards.py --check    # says which cards are missing or not up to date
 
 The accuracies are those of the table headline or of Tables I and II in results/, by the same
-weights. The first entry says
-what the model answers on the images of tests/data, so that a card and its weights can be held
-together without the data set; tests/test_cards.py does.
+weights. The first entry says what the model answers on the images of tests/data, so that a card and
+its weights can be held together without the data set; tests/test_cards.py does.
 """
 import glob
 import json

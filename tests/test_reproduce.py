@@ -269,6 +269,12 @@ class FewAttacks:
         return self.evaluations.attack('pgd' if name.startswith('adaptive') else name, *args)
 
 
+def stored_of(target, config, folder):
+    """Returns {name: StoredEvaluations} of the trainings that a table needs."""
+    return {name: StoredEvaluations(name, of_training, folder) for name, of_training in
+            tables.trainings_of([TABLES[target]], config).items()}
+
+
 @pytest.fixture(scope='module')
 def sections():
     """{file in results: (what it holds, what is made of the stored numbers)}"""
@@ -276,8 +282,7 @@ def sections():
     for path in sorted(Path(ROOT, 'results').glob('*/*.md')):
         config = load_config(path.parent / 'config.json')
         table = TABLES[path.stem]
-        stored = {name: StoredEvaluations(name, of_training, path.parent / 'cells')
-                  for name, of_training in tables.trainings_of([table], config).items()}
+        stored = stored_of(path.stem, config, path.parent / 'cells')
         found[f'{path.parent.name}/{path.name}'] = (
             path.read_text(), tables.section(table, config, stored))
     return found
@@ -734,9 +739,9 @@ def test_tables_show_the_trainings_of_which_something_is_stored():
     config = load_config(folder / 'config.json')
 
     def section(target, lacking):
-        names = tables.trainings_of([TABLES[target]], config)
-        stored = {name: StoredEvaluations(name, of, 'nowhere' if name in lacking else
-                                          folder / 'cells') for name, of in names.items()}
+        stored = stored_of(target, config, folder / 'cells')
+        stored |= {name: of for name, of in stored_of(target, config, 'nowhere').items()
+                   if name in lacking}
         for plot in TABLES[target].plots.values():
             plot(config, stored)
         return tables.section(TABLES[target], config, stored)
@@ -790,9 +795,8 @@ def test_the_summary_names_the_attacks_that_a_training_lacks(tmp_path):
             shutil.copy(path, tmp_path)
 
     def rows(cells_folder):
-        return {tuple(row[:2]): row[3] for row in tables.summary_rows(config, {
-            name: StoredEvaluations(name, of, cells_folder) for name, of in tables.trainings_of(
-                [TABLES['summary']], config).items()})}
+        return {tuple(row[:2]): row[3] for row in tables.summary_rows(
+            config, stored_of('summary', config, cells_folder))}
     whole, part = rows(folder / 'cells'), rows(tmp_path)
     assert not any('without' in robust for robust in whole.values())
     for (name, inference), robust in part.items():
@@ -809,11 +813,8 @@ def test_stored_evaluations_of_different_images_are_refused(tmp_path, monkeypatc
         cell['identity'][3] = 'others'
         path.write_text(json.dumps(cell))
     config = load_config(tmp_path / 'config.json')
-
-    def stored(folder):
-        return [StoredEvaluations(name, of, folder / 'cells') for name, of in tables.trainings_of(
-            [TABLES['headline']], config).items()]
-    reproduce.check_same_images(stored(source), 'a folder')  # some trainings have nothing stored
+    stored = stored_of('headline', config, source / 'cells')  # some trainings have nothing
+    reproduce.check_same_images(stored.values(), 'a folder')
     with pytest.raises(UserError, match='pgd_adv_only and pgd_shaping.* on different images'):
         main_of_stored(tmp_path, monkeypatch, ['headline'])
 
@@ -850,10 +851,8 @@ def test_what_is_no_evaluation_is_named(tmp_path, contents):
 @pytest.mark.parametrize('target', ['binarization', 'variations', 'headline'])
 def test_a_table_of_nothing_is_no_table(tmp_path, target, small_config):
     config = small_config()
-    stored = {name: StoredEvaluations(name, of, tmp_path) for name, of in tables.trainings_of(
-        [TABLES[target]], config).items()}
     with pytest.raises(UserError, match='stored'):
-        tables.section(TABLES[target], config, stored)
+        tables.section(TABLES[target], config, stored_of(target, config, tmp_path))
 
 
 def test_the_gap_is_shown_without_a_direct_attack_but_not_without_the_others(tmp_path):
@@ -862,8 +861,7 @@ def test_the_gap_is_shown_without_a_direct_attack_but_not_without_the_others(tmp
     config = load_config(folder / 'config.json')
 
     def rows(cells_folder):
-        return tables.gap_rows(config, {name: StoredEvaluations(name, of, cells_folder) for name, of
-                                        in tables.trainings_of([TABLES['gap']], config).items()})
+        return tables.gap_rows(config, stored_of('gap', config, cells_folder))
     assert [row[0] for row in rows(folder / 'cells')] == ['clean', 'pgd']
     with pytest.raises(UserError, match='holds no clean of pgd_shaping_in_attack'):
         rows(tmp_path)
@@ -881,8 +879,7 @@ def test_the_headline_takes_what_table_1_has():
     """TRADES of results/three_classes: `clean` and PGD are stored as Tables I and II ask for."""
     folder = Path(ROOT, 'results', 'three_classes')
     config = load_config(folder / 'config.json')
-    stored = {name: StoredEvaluations(name, of, folder / 'cells') for name, of in
-              tables.trainings_of([TABLES['headline']], config).items()}
+    stored = stored_of('headline', config, folder / 'cells')
     rows = {tuple(row[:2]): row for row in headline.headline_rows(config, stored)}
     summary = {tuple(row[:2]): row for row in tables.summary_rows(config, stored)}
     key = '`trades_adv_only`', '`pn`'
@@ -894,7 +891,7 @@ def test_the_headline_is_what_both_attacks_leave():
     folder = Path(ROOT, 'results', 'three_classes')
     config = load_config(folder / 'config.json')
     names = tables.trainings_of([TABLES['headline']], config)
-    stored = {name: StoredEvaluations(name, of, folder / 'cells') for name, of in names.items()}
+    stored = stored_of('headline', config, folder / 'cells')
 
     def right(name, attack, inference):
         kept, = (cell for cell in (json.loads(path.read_text()) for path in folder.glob(
