@@ -28,13 +28,15 @@ class SquareAttack:
     Args:
         logits: f(x [b, 32, 32, 3], drawn) -> logits [b, classes].
         epsilon: radius of the ball in pixels. num_queries: queries an image, the first of stripes.
-        asks_again: the images are asked once more after each of these: see below.
+        asks_again: the images as they are are asked again beside each square: see below.
 
     What the paper leaves open:
-    - For a defence that draws, a query's loss is under a draw of its own, and a square is kept if
-      its loss is the lowest so far. No image is given up after a lucky draw.
-    - Where images share norms (`bn`), a square's loss is measured beside the squares of the other
-      images, some of which are then taken back. So the loss of what is kept is asked for again.
+    - For a defence that draws, a loss changes by more from draw to draw than by one square. The
+      lowest loss so far is then that of a lucky draw, which no square beats: the search stops. So
+      each square is compared with the image as it was under one draw, a fresh one for each square,
+      as two queries in one batch are. No image is given up after a lucky draw.
+    - Where images share norms, a square's loss is measured beside the squares of the other images,
+      some of which are then taken back. So what is kept is asked again, beside what they kept.
     """
 
     def __init__(self, logits, epsilon, num_queries, asks_again=False):
@@ -77,22 +79,23 @@ class SquareAttack:
             x_new = project(x_new, x_nat, self.epsilon)
             # It stays where the margin is the lowest so far
             of_query = drawn[query % len(drawn)]
+            if self.asks_again:
+                loss = margin(self.logits(x, of_query), y)
             loss_new = margin(self.logits(x_new, of_query), y)
             better = loss_new < loss
             x = tf.where(better[:, None, None, None], x_new, x)
-            loss = (margin(self.logits(x, of_query), y) if self.asks_again else
-                    tf.where(better, loss_new, loss))
+            loss = tf.where(better, loss_new, loss)
         return x
 
 
 def square(inference, data, config, num_draws):
     """Returns Square Attack through the inference that answers; see attacks.make_attack.
 
-    Every query meets a fresh draw: the attacker sees scores, and has no say in what is drawn. Under
-    `bn`, an image is asked again after each query but the first.
+    Every square meets a fresh draw: the attacker sees scores, and has no say in what is drawn.
+    Under all modes but `pn`, the image without the square is asked again, under the same draw.
     """
     images, labels = eval_examples(data, config)
-    queries, asks_again = config['square_queries'], inference.coupled and not inference.draws
+    queries, asks_again = config['square_queries'], inference.coupled or inference.draws
     attack = SquareAttack(inference.logits, config['epsilon'], queries, asks_again)
 
     def perturb(start, end):

@@ -520,7 +520,26 @@ def test_square_asks_again_where_images_share_norms(linear):
     assert left[True] < left[False] - 1, left
 
 
-def test_square_meets_a_fresh_draw_at_every_query(small_model, small_config, data, monkeypatch):
+def test_square_is_not_stopped_by_a_lucky_draw(linear):
+    """Draws move the margin by more than all squares together: it comes as far as without them."""
+    _, images, _, _ = linear
+    images, y = images.astype(np.float32), np.zeros(len(images), int)
+
+    def logits(x, drawn):
+        lead = tf.reduce_mean(x[..., :1], [1, 2]) + drawn
+        return tf.concat([lead, -lead], axis=1)
+
+    left = {}
+    for noise in (0., 100.):
+        drawn = noise * np.random.default_rng(0).normal(size=[500, 1, 1]).astype(np.float32)
+        x_adv = square.SquareAttack(logits, 4., 500, asks_again=True).perturb(
+            images, y, (0, 0), drawn)
+        left[noise] = float(tf.reduce_mean(x_adv[..., 0]))
+    assert left[100.] == pytest.approx(left[0.], abs=0.1)
+    assert left[0.] < images[..., 0].mean() - 2
+
+
+def test_square_meets_a_fresh_draw_at_every_square(small_model, small_config, data, monkeypatch):
     seen = []
     original = ShapedInference.logits
     def logits(self, images, drawn):
@@ -531,6 +550,7 @@ def test_square_meets_a_fresh_draw_at_every_query(small_model, small_config, dat
                           num_eval_examples=1)
     attack, settings = make_attack('square', small_model, data, config)
     attack(0, 1)
-    assert len(seen) == len(set(seen)) == 7 and settings['norms'] == 'bn_shaping'
+    assert len(seen) == settings['queries'] == 2 * 7 - 1 and len(set(seen)) == 7
+    assert settings['norms'] == 'bn_shaping'
     shaped = make_inference(small_model, 'bn_shaping', data, config)
     assert tuple(shaped.known(0)(0, 9)) not in seen
