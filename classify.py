@@ -16,7 +16,7 @@ import sys
 from absl import flags
 import numpy as np
 
-from config import begin, config_of_model
+from config import begin, config_of_model, define_download_flag
 from running import UserError, brief, optional
 from running.program import ANY, run
 from running.untrusted import map_array, read_json
@@ -26,13 +26,14 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
                         'model_dir of the configuration.')
     flags.DEFINE_integer('num_votes', 20, 'Recordings by which each image is classified.')
     flags.DEFINE_boolean('resize', False, 'Shrink or enlarge images of another size to 32 x 32.')
+    define_download_flag()
     begin(__doc__, takes_words=True, configuration=config_of_model)
 
 import running.quiet  # noqa: F401
 import tensorflow as tf
 
 from cifar10_input import load_data
-from export import CARD, RECORDINGS, Classifier, read_recordings
+from export import CARD, RECORDINGS, Classifier, config_beside, read_recordings
 from model import build_model, find_checkpoint
 from running.devices import leave_gpus
 from shaping import RecordedInference
@@ -51,7 +52,8 @@ def main(paths):
     # The model
     config = config_of_model()
     classify, num_recordings, label_names = (
-        load_trained(config) if config else load_exported(flags.FLAGS.model))
+        load_trained(config, flags.FLAGS.download) if config
+        else load_exported(flags.FLAGS.model))
     num_votes = flags.FLAGS.num_votes
     if not 1 <= num_votes <= num_recordings:
         raise UserError(f'--num_votes must be an integer, 1 to {num_recordings}, the number of '
@@ -155,7 +157,7 @@ def names_on(card):
     return names
 
 
-def load_trained(config):
+def load_trained(config, download=False):
     """Returns the same of a training's newest checkpoint.
 
     Its norms are recorded now, unless `export.py --format weights` wrote them beside it.
@@ -168,12 +170,16 @@ def load_trained(config):
     recordings = f'{checkpoint}{RECORDINGS}'
     if os.path.exists(recordings):
         names = names_beside(checkpoint, config)
+        samples = config_beside(checkpoint, config)['recorded_samples']
+        if config['recorded_samples'] != samples:
+            raise UserError(f'recorded_samples is {config["recorded_samples"]}, but {recordings} '
+                            f'are of {samples} training images each; expected no other number')
         model = loaded(config, checkpoint, len(names))
         inference = RecordedInference(
             model, read_recordings(model, recordings, config['num_recordings']),
             config['inference_shaping_ratio'], config['np_random_seed'])
     else:
-        data = load_data(config)
+        data = load_data(config, download)
         names, model = data.label_names, loaded(config, checkpoint, data.num_classes)
         print(f'{checkpoint}: recording {config["num_recordings"]} times '
               f'{config["recorded_samples"]} training images', file=sys.stderr, flush=True)

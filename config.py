@@ -348,7 +348,15 @@ def config_from_flags():
 
 
 def config_in(folder, settings):
-    """Returns the configuration of the training in a folder, with that folder as its model_dir."""
+    """Returns the configuration of the training in a folder, with that folder as its model_dir.
+
+    Raises:
+        UserError: a setting names another model_dir; the configuration cannot work.
+    """
+    for key, value in map(parse_setting, settings):
+        if key == 'model_dir' and value != folder:
+            raise UserError(f'{folder} and --set model_dir={value} each name a folder; expected '
+                            'one of them')
     return load_config(os.path.join(folder, 'config.json'),
                        [*settings, f'model_dir={json.dumps(folder)}'])
 

@@ -101,33 +101,56 @@ def fewer(strong, weak, level=LEVEL):
 
 
 def flags_of(result, probe, right):
-    """Returns the flags of a result that cost next to nothing, a list of keys of FLAGS.
+    """Returns {flag: whether it is seen} of those in FLAGS that cost next to nothing to look for.
 
     Args:
         result: as eval.evaluate_attack returns it. probe: the Probe of its inference mode.
         right: {attack: bool [draws, n]} under this mode, of all attacks that were run.
     """
-    name, mode, flags = result['attack'], result['inference'], []
-    if is_transferred(name, result, mode):
-        flags.append('transferred')
-    if probe.random_answers:
-        flags.append('random answer')
+    name, mode = result['attack'], result['inference']
+    seen = {'transferred': is_transferred(name, result, mode),
+            'random answer': probe.random_answers > 0}
     if name in BY_GRADIENTS and is_direct(name, result, mode):
-        if probe.zero_gradients:
-            flags.append('zero gradients')
+        seen['zero gradients'] = probe.zero_gradients > 0
         if 'square' in right:
             n = min(right['square'].shape[1], right[name].shape[1])
-            if fewer(right['square'][:, :n], right[name][:, :n]):
-                flags.append('masked gradients')
-    return flags
+            seen['masked gradients'] = fewer(right['square'][:, :n], right[name][:, :n])
+    return seen
 
 
-def doubled(name, config):
+def flagged(seen):
+    """Returns what a result says of {flag: whether it is seen}, a dict."""
+    flags = [flag for flag, is_seen in seen.items() if is_seen]
+    return {'flags': flags, 'looked_for': list(seen),
+            'unreliable': bool(UNRELIABLE & set(flags))}
+
+
+def renewed(former, row):
+    """Returns a row that takes a former one's place; what that one alone looked for stays said.
+
+    So attacks can be run one by one, and --check once. A worst case carries no flags.
+
+    Args:
+        former: from a file, of whatever contents.
+    """
+    flags, looked_for = (former.get(key) for key in ('flags', 'looked_for'))
+    if 'flags' not in row or not isinstance(flags, list) or not isinstance(looked_for, list):
+        return row
+    seen = {flag: flag in flags for flag in FLAGS if flag in looked_for}
+    return row | flagged(seen | {flag: flag in row['flags'] for flag in row['looked_for']})
+
+
+def doubled(name, config, draws=True):
     """Yields (flag, changed keys) of each way in which an attack can be given twice as much.
 
     PGD's steps are its own; those of the configuration are a training's, too.
+
+    Args:
+        draws: whether the inference that it goes through draws; else there are no more draws.
     """
     for flag, keys in DOUBLED.items():
+        if flag == 'more draws' and not draws:
+            continue
         changed = {key: 2 * config[key] for key in keys
                    if name in (*SCHEMA[key].attacks, *(LAST_ITERATE if key == 'num_steps' else ()))}
         if changed:

@@ -38,8 +38,9 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
     flags.DEFINE_integer('num_draws', 1, 'Independent draws, of clean samples or of recordings, '
                          'under which bn_shaping and bn_recorded classify each example; the mean, '
                          'the spread and the share right under all of them are reported.')
-    flags.DEFINE_boolean('check', False, 'Run the direct attacks again on the first batch, with '
-                         'twice the steps, restarts and draws, and flag what leaves less.')
+    flags.DEFINE_boolean('check', False, 'Run the direct attacks by gradients again on the first '
+                         'batch, with twice the steps, then the restarts, then the draws, and flag '
+                         'what leaves less.')
     flags.DEFINE_boolean('watch', False, 'Evaluate each checkpoint of a training as it comes, '
                          'until its last step.')
     flags.DEFINE_string('output', None, 'File to which the results are added. Default: '
@@ -229,15 +230,17 @@ def add_flags(results, model, data, config, judge, inference, right, num_draws, 
     probe = doubts.Probe(inference, images[first], labels[first])
     for result in results:
         name = result['attack']
-        result['flags'] = doubts.flags_of(result, probe, right)
+        seen = doubts.flags_of(result, probe, right)
         if check and name in doubts.BY_GRADIENTS and doubts.is_direct(name, result, judge[0]):
-            result['flags'] += check_attack(name, model, data, config, judge, inference,
-                                            right[name], num_draws)
-        result['unreliable'] = bool(doubts.UNRELIABLE & set(result['flags']))
+            seen |= check_attack(name, model, data, config, judge, inference, right[name],
+                                 num_draws)
+        result |= doubts.flagged(seen)
 
 
 def check_attack(name, model, data, config, judge, inference, right, num_draws):
-    """Returns the flags of a direct attack that take it to be run again, on the first batch.
+    """Returns {flag: whether it is seen} of those that take a direct attack to be run again.
+
+    It is run on the first batch.
 
     Args:
         judge: (mode, inference shaping ratio or None). inference: what it is.
@@ -249,11 +252,11 @@ def check_attack(name, model, data, config, judge, inference, right, num_draws):
     def again(changed):
         return run_direct(name, model, data, {**few, **changed}, judge, inference, num_draws)
 
-    found = [flag for flag, changed in doubts.doubled(name, config)
-             if doubts.fewer(again(changed), right)]
-    if name in doubts.LAST_ITERATE and np.any(lost_iterates(again, right, config)):
-        found.append('lost iterates')
-    return found
+    seen = {flag: doubts.fewer(again(changed), right)
+            for flag, changed in doubts.doubled(name, config, inference.draws)}
+    if name in doubts.LAST_ITERATE:
+        seen['lost iterates'] = bool(np.any(lost_iterates(again, right, config)))
+    return seen
 
 
 def run_direct(name, model, data, config, judge, inference, num_draws=1):
@@ -542,6 +545,11 @@ def request_from_flags(config):
     if flags.FLAGS.watch and (flags.FLAGS.checkpoint or flags.FLAGS.select == 'best'):
         raise UserError('--watch waits for new checkpoints, --checkpoint and --select best name '
                         'one; expected one of them')
+    if flags.FLAGS.check and not any(
+            name in doubts.BY_GRADIENTS and (name in DIRECT or 'pn' in modes) for name in attacks):
+        raise UserError(f'--check runs direct attacks by gradients again, and --attack '
+                        f'{",".join(attacks)} --inference {",".join(modes)} has none; expected '
+                        'adaptive, say, or pgd under pn')
     check_names(config)
     for key in [parse_setting(setting)[0] for setting in flags.FLAGS.set]:
         if SCHEMA[key].attacks and not set(SCHEMA[key].attacks) & set(attacks):

@@ -46,7 +46,9 @@ import running.quiet  # noqa: F401
 import numpy as np
 import tensorflow as tf
 
+from attacks import DIRECT
 from cifar10_input import load_data
+from doubts import INDIRECT
 from model import build_model, find_checkpoint, network_name
 from running import UserError, optional
 from running.devices import leave_gpus
@@ -70,6 +72,11 @@ def main():
     # The checkpoint and the output: fail now, not after the recordings
     config, form = config_from_flags(), flags.FLAGS.format
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
+    trained = config_beside(checkpoint, config)
+    if form == 'weights' and of_training(trained) != of_training(config):
+        raise UserError(f'{checkpoint} was trained by another configuration than this one, which '
+                        'would be written beside the weights; expected --model_dir '
+                        f'{os.path.dirname(checkpoint)}')
     output = os.path.normpath(flags.FLAGS.output or os.path.join(config['model_dir'], 'exported'))
     folder = os.path.abspath(output)
     check_output(folder, checkpoint)
@@ -90,7 +97,7 @@ def main():
     origin = {'checkpoint': checkpoint, 'step': step,
               'checkpoint_digest': checkpoint_digest(checkpoint)[:16],
               'data': data_digest(data)[:16]}
-    card = make_card(config, data, origin, form)
+    card = make_card(config, trained, data, origin, form)
     temporary, former = folder + TEMPORARY, folder + FORMER
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
@@ -112,6 +119,9 @@ def main():
     if not card['results']:
         print(f'{CARD} has no accuracies: eval.py --inference bn_recorded has not been run on this '
               'checkpoint', file=sys.stderr)
+    elif not card['robust_accuracy']:
+        print(f'{CARD} has no robust accuracy: no attack through bn_recorded has been run on this '
+              'checkpoint, eval.py --attack adaptive --inference bn_recorded', file=sys.stderr)
 
 
 def check_output(folder, checkpoint):
@@ -302,14 +312,22 @@ def read_recordings(model, path, num_recordings):
 # ---- its card
 
 
-def make_card(config, data, origin, form):
-    """Returns what stands beside the model: training, accuracies, threat model, input; a dict."""
+def config_beside(checkpoint, config):
+    """Returns the configuration that a training stored beside its checkpoint, or `config`."""
+    path = os.path.join(os.path.dirname(checkpoint), 'config.json')
+    return load_config(path) if os.path.isfile(path) else config
+
+
+def make_card(config, trained, data, origin, form):
+    """Returns what stands beside the model: training, accuracies, threat model, input; a dict.
+
+    Args:
+        config: of the evaluation. trained: of the training.
+    """
     rows = results_of(config, origin)
-    beside = os.path.join(os.path.dirname(origin['checkpoint']), 'config.json')
-    trained = load_config(beside) if os.path.isfile(beside) else config
     clean = max((r for r in rows if r['attack'] == 'clean'),
                 key=lambda row: row['num_examples'], default=None)
-    robust = min((r for r in rows if is_robust(r, config)), key=worst_first, default=None)
+    robust = min((r for r in rows if is_robust(r, config)), key=most_then_worst, default=None)
     return {
         'format': form, 'file': FORMATS[form],
         'architecture': f'{network_name(config)}, pre-activation wide ResNet with batch '
@@ -339,7 +357,7 @@ def results_of(config, origin):
             **form_of('bn_recorded', config),
             **{key: origin[key] for key in ('checkpoint_digest', 'data')}}
     shown = ('attack', 'accuracy', 'interval', 'num_examples', 'epsilon', 'norms', 'attacks',
-             'num_draws', 'num_steps')
+             'num_draws', 'num_steps', 'flags', 'unreliable')
     return [{key: row[key] for key in shown if key in row}
             for folder in folders
             for row in read_results(os.path.join(folder, 'eval', 'results.json'))['results']
@@ -347,12 +365,17 @@ def results_of(config, origin):
 
 
 def is_robust(row, config):
-    """Returns whether a row is of an attack within the ball, or of the worst of several."""
-    return row['attack'] not in ('clean', 'worst case') and row.get('epsilon') == config['epsilon']
+    """Returns whether a row is of an attack within the ball, a direct one, or the worst of several.
+
+    Of several, one at least must be direct: where all are transferred, that is no robust accuracy.
+    """
+    attacks = row.get('attacks', [row['attack']])
+    return (row.get('epsilon') == config['epsilon']
+            and bool(set(attacks) & set(DIRECT) - set(INDIRECT)))
 
 
-def worst_first(row):
-    return row['accuracy'], row['attack'] != 'worst in ball', -row['num_examples']
+def most_then_worst(row):
+    return -row['num_examples'], row['accuracy'], row['attack'] != 'worst in ball'
 
 
 if __name__ == '__main__':

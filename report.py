@@ -10,9 +10,10 @@ from config import BASE, SCHEMA, load_config
 import tensorflow as tf
 
 from attacks import ATTACKS, num_examples
-from doubts import FLAGS
+from doubts import FLAGS, renewed
 from model import network_name
 from running import UserError, brief, optional
+from running.devices import device
 from running.files import replacing
 from running.outputs import Curves
 from running.results import add_results, check_writable, provenance, read_results
@@ -21,8 +22,8 @@ from shaping import INFERENCE_MODES
 
 # Of a row, what was found, and what says where it comes from. All else says how it was computed.
 FOUND = ('accuracy', 'interval', 'right', 'xent', 'seconds', 'num_fooled', 'median_l2', 'spread',
-         'range', 'accuracy_all_draws', 'interval_all_draws', 'flags', 'unreliable', 'gradients',
-         'queries', 'number_forward_passes')
+         'range', 'accuracy_all_draws', 'interval_all_draws', 'flags', 'looked_for', 'unreliable',
+         'gradients', 'queries', 'number_forward_passes')
 ORIGIN = ('checkpoint', 'step', 'library', 'provenance')
 DIFFERENCE_TIMES = 10  # in pictures
 
@@ -274,9 +275,9 @@ class Outputs:
         """
         checkpoint, step = origin['checkpoint'], origin['step']
         common = {**origin, **{key: config[key] for key in ('np_random_seed', 'precision')},
-                  'provenance': provenance()}
+                  'provenance': {**provenance(), 'device': device()}}
         head = {'checkpoint': checkpoint, 'step': step, 'config': config, **described(config)}
-        add_results(self.path, head, [{**r, **common} for r in results], identity)
+        add_results(self.path, head, [{**r, **common} for r in results], identity, renewed)
         remove(kept)
         print(f'Written to {self.path}', flush=True)
         own = os.path.realpath(os.path.dirname(checkpoint)) == os.path.realpath(self.model_dir)

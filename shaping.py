@@ -93,7 +93,12 @@ class Inference:
         return self.model(images, training=self.mode == 'bn', update_population_norms=False)
 
     def parts(self, num_images, max_images=MAX_IMAGES):
-        """Returns the Parts of a call with so many images, each of at most max_images if it can."""
+        """Returns the Parts of a call with so many images.
+
+        Args:
+            max_images: in bn_shaping, the most that pass at once, clean samples among them, where a
+                batch is no larger; elsewhere the call is one part, eval_batch_size its bound.
+        """
         return [Part(0, num_images)]
 
     def drawn(self, part, draw):

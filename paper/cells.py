@@ -362,9 +362,9 @@ def result_of(evaluation, inference, ratio=None):
     return evaluation['results'][_place(evaluation, inference, ratio)]
 
 
-def right_of(evaluation, inference, ratio=None):
+def right_of(evaluation, inference):
     """Returns which examples an inference mode classified right, bool [n]; under the first draw."""
-    return from_digits(evaluation['right'][_place(evaluation, inference, ratio)])
+    return from_digits(evaluation['right'][_place(evaluation, inference)])
 
 
 def right_in_draws(evaluation, inference, ratio=None):
@@ -378,7 +378,7 @@ def right_in_draws(evaluation, inference, ratio=None):
                      [evaluation['right'][place], *(others[place] if others else [])]])
 
 
-def _place(evaluation, inference, ratio):
+def _place(evaluation, inference, ratio=None):
     for i, result in enumerate(evaluation['results']):
         if result['inference'] == inference and ratio in (
                 None, result.get('inference_shaping_ratio')):

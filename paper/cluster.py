@@ -111,7 +111,7 @@ def wait_for_lock(model_dir, seconds=300):
     path = os.path.join(model_dir, 'lock')
     for _ in range(seconds):
         try:
-            with open(path, 'rb') as f:
+            with open(path, 'r+b') as f:  # NFS locks what can be written alone
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except FileNotFoundError:

@@ -60,9 +60,11 @@ def main_rows(adversary, config, evaluations):
     # All are asked for before one is looked into: Ray computes side by side
     by_mode = {training.mode: attacks_on(training, config, evaluations) for training in available(
         [Training(adversary, mode) for mode in MODES], config, evaluations)}
+    worst = {mode: worst_cases_of(by_attack, config) for mode, by_attack in by_mode.items()}
+    all_worst = [r for of_mode in worst.values() for r in of_mode]
     for mode, by_attack in by_mode.items():
         results = [r for evaluation in by_attack.values() for r in evaluation['results']]
-        results += worst_cases_of(by_attack, config)
+        results += worst[mode]
         made = {r['attack'] for r in results}
         for attack in dict.fromkeys([*(a for a in FIRST_ROWS if a in made),
                                      *(r['attack'] for r in results)]):
@@ -70,11 +72,27 @@ def main_rows(adversary, config, evaluations):
             row = [MODES[mode], row_label(next(iter(found.values())), config['num_eval_examples'])]
             paper = PAPER_TABLES[adversary][mode].get(attack)
             for i, inference in enumerate(JUDGES):
-                row.append(formats.accuracy(found[inference]) if inference in found else '')
+                row.append(formats.accuracy(found[inference]) + without(found[inference], all_worst)
+                           if inference in found else '')
                 if inference in INFERENCES:
                     row.append(formats.percent(paper[i]) if paper else '')
             rows.append(row)
     return rows
+
+
+def without(result, worst):
+    """Returns which attacks of others' worst cases one lacks, in words; '' where it is another row.
+
+    Over fewer attacks, more is left: without a word that would pass for an advantage.
+
+    Args:
+        worst: the worst cases beside which it stands, as worst_cases_of has them.
+    """
+    lacking = dict.fromkeys(
+        attack for other in worst for attack in other['attacks']
+        if all(other[key] == result[key] for key in ('attack', 'inference'))
+        and attack not in result['attacks'])
+    return f' (without {", ".join(lacking)})' if lacking else ''
 
 
 def row_label(result, n):
@@ -146,13 +164,12 @@ def summary_rows(config, evaluations):
                 found.append((training, result_of(clean, inference), worst, right))
                 if inference == 'pn':
                     judged_by_pn[training.adversary, training.mode] = right
+    all_worst = [worst for *_, worst, _ in found]
     for training, clean, worst, right in found:
-        lacking = [attack for *_, other, _ in found if other['inference'] == worst['inference']
-                   for attack in other['attacks'] if attack not in worst['attacks']]
-        without = f' (without {", ".join(dict.fromkeys(lacking))})' if lacking else ''
         rows.append([f'`{name_of(training, config)}`', f'`{worst["inference"]}`',
                      formats.accuracy(clean),
-                     formats.share(worst['accuracy'], worst['interval']) + without,
+                     formats.share(worst['accuracy'], worst['interval'])
+                     + without(worst, all_worst),
                      *(cell for mode in (ADV_ONLY, IN_TRAINING) for cell in formats.against(
                          right, judged_by_pn.get((training.adversary, mode))))])
     return rows
@@ -456,7 +473,7 @@ def section(table, config, evaluations):
     note = f'\n{table.note}\n' if table.note else ''
     lacking = [f'`{name}`' for name in trainings_of([table], config)
                if not table.shows(evaluations[name])]
-    without = f' Left out, as not stored: {", ".join(lacking)}.' if lacking else ''
+    without = f' Left out, as not stored for it: {", ".join(lacking)}.' if lacking else ''
     return f'## {table.title}\n\n{caption(table, config)}{without}\n\n{rows}\n{note}'
 
 

@@ -141,6 +141,15 @@ def uses_tensor_float_32():
             and any(of_gpu.get('compute_capability', (0, 0)) >= (8, 0) for of_gpu in details))
 
 
+def device():
+    """Returns what computes here, as a result says it: CPU, or a GPU's name and its arithmetic."""
+    gpus = tf.config.get_visible_devices('GPU')
+    if not gpus:
+        return 'CPU'
+    name = tf.config.experimental.get_device_details(gpus[0]).get('device_name', 'GPU')
+    return f'{name}, float32 as TensorFloat-32' if uses_tensor_float_32() else name
+
+
 def divide_cpu(count):
     """Divides the CPU into `count` logical devices, before TensorFlow first uses it.
 

@@ -138,6 +138,12 @@ def run(main, names=None):
     except (UserError, OSError) as error:
         print(f'{name}: {in_a_line(error)}', file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ != 'ResourceExhaustedError':  # TensorFlow's, not imported here
+            raise
+        print(f'{name}: memory is full: {brief(error)}; expected smaller batches or a smaller '
+              'network', file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f'\n{name}: stopped', file=sys.stderr)
         with contextlib.suppress(OSError):  # who reads them may be stopped, too

@@ -37,7 +37,7 @@ def read_results(path):
     return contents
 
 
-def add_results(path, head, rows, identity):
+def add_results(path, head, rows, identity, renewed=lambda former, row: row):
     """Adds rows to a file of results, at once; each replaces the row of the same identity, if any.
 
     Two programs may do so at the same time: each reads what the other one wrote.
@@ -46,6 +46,7 @@ def add_results(path, head, rows, identity):
         path: the file, which need not exist, nor need its folder.
         head: what else the file says, a dict; keys of it that are there are replaced.
         rows: dicts. identity: f(row) -> text, the same for rows that replace each other.
+        renewed: f(former row, row) -> the row that takes the former one's place.
 
     Raises:
         UserError: the file is damaged, or another kind of file: it stays as it is.
@@ -56,7 +57,8 @@ def add_results(path, head, rows, identity):
     with locked(folder):
         before = read_results(path)
         new = {identity(row): row for row in rows}
-        former = [new.pop(identity(row), row) for row in before['results']]
+        former = [renewed(row, new.pop(identity(row))) if identity(row) in new else row
+                  for row in before['results']]
         with replacing(path) as f:
             json.dump({**before, **head, 'results': [*former, *new.values()]}, f, indent=1)
 

@@ -250,7 +250,9 @@ def test_masked_gradients_are_flagged(data, small_config):
         right[name] = (np.argmax(masked(attack(0, 20), 0), 1) == labels)[None]
     row = {'attack': 'adaptive_pgd', 'inference': 'pn', 'norms': 'pn'}
     probe = doubts.Probe(masked, images, labels)
-    assert doubts.flags_of(row, probe, right) == ['zero gradients', 'masked gradients']
+    assert doubts.flags_of(row, probe, right) == {
+        'transferred': False, 'random answer': False, 'zero gradients': True,
+        'masked gradients': True}
     assert probe.random_answers == 0
 
 
@@ -260,13 +262,32 @@ def test_an_attack_that_has_not_converged_is_flagged(data, small_config):
                           random_start=False)
     inference = Brightness(None, 'pn')
     data.eval_data.ys[:] = np.argmax(inference(data.eval_data.xs, 0), 1)
-    def flags(**settings):
+    def seen(**settings):
         of_run = {**config, **settings}
         attack, _ = make_attack('adaptive_pgd', None, data, of_run, 1, inference)
         right = np.argmax(inference(attack(0, 50), 0), 1) == data.eval_data.ys[:50]
         return check_attack('adaptive_pgd', None, data, of_run, ('pn', None), inference,
                             right[None], 1)
-    assert flags(num_steps=1) == ['more steps'] and flags(num_steps=40) == []
+    assert seen(num_steps=1) == {'more steps': True, 'lost iterates': False}
+    assert seen(num_steps=40) == {'more steps': False, 'lost iterates': False}
+    # What draws nothing has no more draws
+    assert [flag for flag, _ in doubts.doubled('apgd_eot', config, draws=False)] == ['more steps']
+    assert 'more draws' in dict(doubts.doubled('apgd_eot', config))
+
+
+def test_a_verdict_stays_where_the_row_is_computed_again_without_it():
+    """--check once, or `square` beside it once; what is looked for again is judged anew."""
+    checked = doubts.flagged({'random answer': True, 'more steps': True, 'lost iterates': False})
+    assert checked['unreliable'] and checked['flags'] == ['random answer', 'more steps']
+    again = {'accuracy': 0.5, **doubts.flagged({'random answer': False, 'masked gradients': False})}
+    row = doubts.renewed({'accuracy': 0.5, **checked}, again)
+    assert row['flags'] == ['more steps'] and row['unreliable'] and row['accuracy'] == 0.5
+    assert set(row['looked_for']) == {'random answer', 'more steps', 'lost iterates',
+                                      'masked gradients'}
+    assert doubts.renewed(row, {**again, **checked})['flags'] == checked['flags']
+    for former in ({}, {'flags': 3, 'looked_for': 'x'}, {'flags': [], 'looked_for': [[], 'more']}):
+        assert doubts.renewed(former, again) == again
+    assert doubts.renewed(checked, {'accuracy': 0.5}) == {'accuracy': 0.5}  # a worst case
 
 
 def test_an_image_that_pgd_had_fooled_and_then_lost_is_named():
@@ -283,12 +304,13 @@ def test_a_program_with_check_flags_an_attack_that_has_not_converged(
     """--check asks for it, and is not asked for without it."""
     asked = []
     monkeypatch.setattr(eval_program, 'check_attack',
-                        lambda name, *_: asked.append(name) or ['lost iterates'])
+                        lambda name, *_: asked.append(name) or {'lost iterates': True})
     config = small_config(num_eval_examples=20)
     for check in (False, True):
         row = evaluate(small_model, data, config, ['pgd'], ['pn'], check=check)[-1]
         assert row['attack'] == 'pgd' and asked == ['pgd'] * check
         assert ('lost iterates' in row['flags']) == check == row['unreliable']
+        assert ('lost iterates' in row['looked_for']) == check
 
 
 def test_draws_give_mean_spread_and_what_is_right_under_all(judged):

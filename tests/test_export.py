@@ -188,6 +188,7 @@ def test_the_card_says_what_was_measured_and_where_it_comes_from(exported):
     worst = card['robust_accuracy']
     assert worst['attack'] == 'worst in ball' and worst['interval'] == rows[
         'worst in ball', 'bn_recorded']['interval']
+    assert not worst.get('unreliable') and not {'pgd', 'adaptive'} - set(worst['attacks'])
     assert card['training']['num_steps'] == 2 and len(card['classes']) == 10
     assert card['inference']['num_recordings'] == 7 and card['threat_model']['epsilon'] == 8
 
@@ -201,6 +202,33 @@ def test_a_model_that_was_not_evaluated_has_a_card_without_numbers(exported, tmp
     assert status == 0
     card = read_json(tmp_path / 'e' / 'card.json')
     assert card['robust_accuracy'] is card['clean_accuracy'] is None and card['results'] == []
+
+
+def test_transferred_attacks_alone_are_no_robust_accuracy_on_a_card():
+    """Nor does an attack on a few images stand beside a clean accuracy on all."""
+    def row(attack, accuracy, n, epsilon=8., **more):
+        return {'attack': attack, 'accuracy': accuracy, 'num_examples': n, 'epsilon': epsilon,
+                **more}
+    rows = [row('clean', 0.9, 100, None), row('pgd', 0.5, 100, norms='pn'),
+            row('worst in ball', 0.5, 100, attacks=['clean', 'pgd']),
+            row('transfer', 0.4, 100, norms='bn_recorded'), row('hopskipjump', 0., 100, None)]
+    config = {'epsilon': 8.}
+    assert not any(export.is_robust(each, config) for each in rows)
+    rows += [row('adaptive', 0.3, 100), row('apgd_eot', 0.1, 20),
+             row('worst in ball', 0.3, 100, attacks=['clean', 'pgd', 'adaptive'])]
+    robust = sorted((each for each in rows if export.is_robust(each, config)),
+                    key=export.most_then_worst)
+    assert [each['accuracy'] for each in robust] == [0.3, 0.3, 0.1]
+    assert robust[0]['attack'] == 'worst in ball'
+
+
+def test_weights_are_not_written_beside_another_trainings_configuration(exported, tmp_path):
+    folder = exported[1]['model_dir']
+    status, _, stderr = program('export.py', '--checkpoint', f'{folder}/checkpoint-7', '--format',
+                                'weights', '--output', str(tmp_path / 'e'), settings=[
+                                    'dataset=synthetic', 'num_residual_units=1', 'width_factor=1'])
+    assert status == 2 and f'expected --model_dir {folder}' in stderr[0]
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_card_shows_what_its_own_arithmetic_was_judged_at(exported):
@@ -413,10 +441,11 @@ def test_classify_checks_settings_against_the_models_own_configuration(tmp_path,
     store_config({**config, 'shaping_batch_size': 64, 'inference_shaping_ratio': 3},
                  str(model / 'config.json'))
     found = [program('classify.py', '--model', str(model), 'a.png', settings=settings, cwd=pictures)
-             for settings in (['inference_shaping_ratio=7', 'model_dir=nowhere'],
-                              ['inference_shaping_ratio=4'])]
-    assert [status for status, *_ in found] == [0, 2]
+             for settings in (['inference_shaping_ratio=7'], ['inference_shaping_ratio=4'],
+                              ['recorded_samples=9'])]
+    assert [status for status, *_ in found] == [0, 2, 2]
     assert 'a batch of 64 cannot be divided 4:1' in found[1][2][0]
+    assert 'recorded_samples is 9' in found[2][2][0] and 'are of 90 training' in found[2][2][0]
 
 
 def test_classify_without_a_model_or_with_too_many_votes_is_one_line(exported, pictures, tmp_path):

@@ -65,6 +65,8 @@ def test_help_lists_the_words_that_a_program_takes(no_tensorflow):
      'lists them'),
     (['eval.py', '--model_dir', 'none'], 'none/config.json cannot be read: No such file or '
      'directory'),
+    (['eval.py', '--model_dir', 'one', '--set', 'model_dir=other'],
+     'one and --set model_dir=other each name a folder; expected one of them'),
     (['eval.py', '--attack', 'pdg'], "--attack is 'pdg'; expected clean, fgsm, pgd, cw"),
     (['run_attack.py', '--inference', 'pm'], "--inference is 'pm'; expected bn, pn, bn_shaping"),
     (['bench.py', '--set', 'training_batch_size=0'], 'training_batch_size must be an integer, 2 '),

@@ -158,8 +158,10 @@ def test_the_programs_take_the_best_on_request(held, tmp_path):
 @pytest.mark.parametrize('options, said', [
     (['--select', 'best', '--checkpoint', 'x'], 'and --select best each name a checkpoint'),
     (['--select', 'best', '--watch'], '--checkpoint and --select best name one'),
-    (['--select', 'first'], "--select must be one of best, last, got 'first'")])
-def test_what_cannot_be_selected_is_one_line(held, options, said):
+    (['--select', 'first'], "--select must be one of best, last, got 'first'"),
+    (['--check', '--inference', 'bn_shaping'], '--check runs direct attacks by gradients again, '
+     'and --attack clean,pgd --inference bn_shaping has none')])
+def test_what_cannot_be_selected_or_checked_is_one_line(held, options, said):
     status, stdout, stderr = program('eval.py', '--model_dir', held[0], *options)
     assert (status, stdout) == (2, '') and len(stderr) == 1 and said in stderr[0]
 
