@@ -27,8 +27,8 @@ class SquareAttack:
 
     Args:
         logits: f(x [b, 32, 32, 3], drawn) -> logits [b, classes].
-        epsilon: radius of the ball in pixels. num_queries: queries an image, the first of stripes.
-        asks_again: the images as they are are asked again beside each square: see below.
+        epsilon: radius of the ball in pixels. num_queries: squares an image, the first of stripes.
+        asks_again: the image without the square is asked for, too, each time: see below.
 
     What the paper leaves open:
     - For a defence that draws, a loss changes by more from draw to draw than by one square. The
