@@ -354,7 +354,7 @@ def config_in(folder, settings):
         UserError: a setting names another model_dir; the configuration cannot work.
     """
     for key, value in map(parse_setting, settings):
-        if key == 'model_dir' and value != folder:
+        if key == 'model_dir' and os.path.normpath(str(value)) != os.path.normpath(folder):
             raise UserError(f'{folder} and --set model_dir={value} each name a folder; expected '
                             'one of them')
     return load_config(os.path.join(folder, 'config.json'),

@@ -126,15 +126,17 @@ def flagged(seen):
 
 
 def renewed(former, row):
-    """Returns a row that takes a former one's place; what that one alone looked for stays said.
+    """Returns the new row, with the verdicts of the former one that were not looked for again.
 
-    So attacks can be run one by one, and --check once. A worst case carries no flags.
+    So attacks can be run one by one, and --check once. A worst case carries no flags, and what
+    other code found may be true no more.
 
     Args:
         former: from a file, of whatever contents.
     """
-    flags, looked_for = (former.get(key) for key in ('flags', 'looked_for'))
-    if 'flags' not in row or not isinstance(flags, list) or not isinstance(looked_for, list):
+    flags, looked_for, where = (former.get(key) for key in ('flags', 'looked_for', 'provenance'))
+    if ('flags' not in row or not isinstance(flags, list) or not isinstance(looked_for, list)
+            or not isinstance(where, dict) or where.get('code') != row['provenance']['code']):
         return row
     seen = {flag: flag in flags for flag in FLAGS if flag in looked_for}
     return row | flagged(seen | {flag: flag in row['flags'] for flag in row['looked_for']})

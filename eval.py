@@ -238,7 +238,7 @@ def add_flags(results, model, data, config, judge, inference, right, num_draws, 
 
 
 def check_attack(name, model, data, config, judge, inference, right, num_draws):
-    """Returns {flag: whether it is seen} of those that take a direct attack to be run again.
+    """Returns {flag: whether it is seen} of those for which a direct attack is run again.
 
     It is run on the first batch.
 

@@ -42,7 +42,7 @@ def identity(row):
 def print_table(results, modes):
     """Prints accuracies in percent with their 95% Wilson intervals: attacks down, modes across.
 
-    Behind an accuracy, t: transferred. Below, what else makes results doubtful.
+    Behind an accuracy, t: transferred.
     """
     most = max(r['num_examples'] for r in results)
     print(f'Accuracy in %, [95% Wilson interval], n = {most} test images where no other n is '
@@ -69,7 +69,6 @@ def print_table(results, modes):
                   f'[{100 * low:5.2f}, {100 * high:5.2f}] {100 * r["accuracy_all_draws"]:8.2f}')
     for note in notes:
         print(note)
-    print_flags(results)
 
 
 def print_flags(results):
@@ -267,6 +266,8 @@ class Outputs:
     def write(self, config, origin, results, samples, data, kept):
         """Adds the rows of a checkpoint to the file of results; then curves and pictures.
 
+        Prints what makes the rows doubtful, as they now stand in the file.
+
         Args:
             config: the configuration.
             origin: what each row says of weights and data: checkpoint, step, digests.
@@ -277,8 +278,9 @@ class Outputs:
         common = {**origin, **{key: config[key] for key in ('np_random_seed', 'precision')},
                   'provenance': {**provenance(), 'device': device()}}
         head = {'checkpoint': checkpoint, 'step': step, 'config': config, **described(config)}
-        add_results(self.path, head, [{**r, **common} for r in results], identity, renewed)
+        rows = add_results(self.path, head, [{**r, **common} for r in results], identity, renewed)
         remove(kept)
+        print_flags(rows)
         print(f'Written to {self.path}', flush=True)
         own = os.path.realpath(os.path.dirname(checkpoint)) == os.path.realpath(self.model_dir)
         if self.with_curves and own:

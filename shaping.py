@@ -96,8 +96,8 @@ class Inference:
         """Returns the Parts of a call with so many images.
 
         Args:
-            max_images: in bn_shaping, the most that pass at once, clean samples among them, where a
-                batch is no larger; elsewhere the call is one part, eval_batch_size its bound.
+            max_images: in bn_shaping, the most images at once, clean ones included, unless one
+                batch is larger; elsewhere unused: the call is one part.
         """
         return [Part(0, num_images)]
 

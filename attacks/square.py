@@ -33,10 +33,11 @@ class SquareAttack:
     What the paper leaves open:
     - For a defence that draws, a loss changes by more from draw to draw than by one square. The
       lowest loss so far is then that of a lucky draw, which no square beats: the search stops. So
-      each square is compared with the image as it was under one draw, a fresh one for each square,
-      as two queries in one batch are. No image is given up after a lucky draw.
+      each square is compared with the image without it under one draw, a fresh one for each square.
+      That is more than a service grants that draws for each query. No image is given up after a
+      lucky draw.
     - Where images share norms, a square's loss is measured beside the squares of the other images,
-      some of which are then taken back. So what is kept is asked again, beside what they kept.
+      some of which are then taken back. So the images as they are kept are asked again, together.
     """
 
     def __init__(self, logits, epsilon, num_queries, asks_again=False):
@@ -91,8 +92,8 @@ class SquareAttack:
 def square(inference, data, config, num_draws):
     """Returns Square Attack through the inference that answers; see attacks.make_attack.
 
-    Every square meets a fresh draw: the attacker sees scores, and has no say in what is drawn.
-    Under all modes but `pn`, the image without the square is asked again, under the same draw.
+    Every square meets a fresh draw, under which the image is asked with and without it. Under `pn`
+    nothing is drawn and no norms are shared: there, its last loss is still known.
     """
     images, labels = eval_examples(data, config)
     queries, asks_again = config['square_queries'], inference.coupled or inference.draws

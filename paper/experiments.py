@@ -1,6 +1,6 @@
 """In-text experiments: what batch norms do to an attack, and how far an attack moves them.
 
-The paper's three (sections IV and V) report how much larger the one size is than the other, on
+The paper's three (sections IV and V) report how much larger one size is than another, on
 average. Whether it averages ratios is left open; ours is the ratio of the two means. A fourth, of
 our own, measures how far an attack moves the batch norms, which is where the paper's confoundings
 come from. All are over the same training images in batches of training_batch_size, unaugmented.

@@ -81,9 +81,9 @@ def main_rows(adversary, config, evaluations):
 
 
 def without(result, worst):
-    """Returns which attacks of others' worst cases one lacks, in words; '' where it is another row.
+    """Returns ' (without A, B)': attacks in other such worst cases that this one lacks; else ''.
 
-    Over fewer attacks, more is left: without a word that would pass for an advantage.
+    Fewer attacks leave more: unsaid, that would look like an advantage.
 
     Args:
         worst: the worst cases beside which it stands, as worst_cases_of has them.
@@ -473,7 +473,7 @@ def section(table, config, evaluations):
     note = f'\n{table.note}\n' if table.note else ''
     lacking = [f'`{name}`' for name in trainings_of([table], config)
                if not table.shows(evaluations[name])]
-    without = f' Left out, as not stored for it: {", ".join(lacking)}.' if lacking else ''
+    without = f' Left out, their numbers are not stored: {", ".join(lacking)}.' if lacking else ''
     return f'## {table.title}\n\n{caption(table, config)}{without}\n\n{rows}\n{note}'
 
 

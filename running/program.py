@@ -116,7 +116,7 @@ def _terminate(*_):
 
 
 def run(main, names=None):
-    """Runs main(); a user's mistake ends it with one line and exit status 2.
+    """Runs main(); a user's mistake, or full memory, ends it with one line and exit status 2.
 
     Ctrl-C and SIGTERM end it with one line and a shell's usual status, 130 and 143.
 
@@ -139,10 +139,12 @@ def run(main, names=None):
         print(f'{name}: {in_a_line(error)}', file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if type(error).__name__ != 'ResourceExhaustedError':  # TensorFlow's, not imported here
+        # TensorFlow's; a full disk is of this class, too
+        lines = [line for line in str(error).splitlines() if 'OOM when' in line]
+        if type(error).__name__ != 'ResourceExhaustedError' or not lines:
             raise
-        print(f'{name}: memory is full: {brief(error)}; expected smaller batches or a smaller '
-              'network', file=sys.stderr)
+        print(f'{name}: memory is full: {brief(lines[0].partition("OOM when ")[2])}; expected '
+              'smaller batches or a smaller network', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f'\n{name}: stopped', file=sys.stderr)

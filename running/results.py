@@ -48,6 +48,9 @@ def add_results(path, head, rows, identity, renewed=lambda former, row: row):
         rows: dicts. identity: f(row) -> text, the same for rows that replace each other.
         renewed: f(former row, row) -> the row that takes the former one's place.
 
+    Returns:
+        the rows as they were added.
+
     Raises:
         UserError: the file is damaged, or another kind of file: it stays as it is.
         OSError: it cannot be written.
@@ -57,10 +60,15 @@ def add_results(path, head, rows, identity, renewed=lambda former, row: row):
     with locked(folder):
         before = read_results(path)
         new = {identity(row): row for row in rows}
-        former = [renewed(row, new.pop(identity(row))) if identity(row) in new else row
-                  for row in before['results']]
+        former, again = [], []
+        for row in before['results']:
+            if identity(row) in new:
+                row = renewed(row, new.pop(identity(row)))
+                again.append(row)
+            former.append(row)
         with replacing(path) as f:
             json.dump({**before, **head, 'results': [*former, *new.values()]}, f, indent=1)
+    return [*again, *new.values()]
 
 
 @contextlib.contextmanager

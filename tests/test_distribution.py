@@ -214,11 +214,9 @@ def test_workers_that_differ_are_refused(tmp_path):
         assert 'Step' not in stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('lost', [0, 1])
-def test_a_lost_worker_ends_all_and_the_restart_resumes(by_two_workers, tmp_path, lost):
-    """Restarted where the chief, which writes the checkpoints, was lost: it could not save."""
-    processes = workers(str(tmp_path), 4000)
+def lose(lost, folder):
+    """Kills one of two workers in a training of that folder; the other one must end by itself."""
+    processes = workers(folder, 4000)
     until(processes[0], 'Step 8:')
     processes[lost].kill()
     begin = time.monotonic()
@@ -226,8 +224,17 @@ def test_a_lost_worker_ends_all_and_the_restart_resumes(by_two_workers, tmp_path
     processes[lost].communicate()
     assert status == STOPPED and time.monotonic() - begin < 100
     assert re.search(r'^train\.py: a worker was lost .* resumes from', stderr, re.MULTILINE)
-    if lost == 1:
-        return
+
+
+@pytest.mark.slow
+def test_a_lost_worker_ends_the_chief(tmp_path):
+    lose(1, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_lost_chief_ends_all_and_the_restart_resumes(by_two_workers, tmp_path):
+    """The chief writes the checkpoints; it could not save."""
+    lose(0, str(tmp_path))
     (chief, stdout, stderr), (other, *_) = ended(workers(str(tmp_path), 20))
     assert chief == other == 0, stderr
     assert kills.resumed_from(stdout) >= 5

@@ -279,13 +279,18 @@ def test_a_verdict_stays_where_the_row_is_computed_again_without_it():
     """--check once, or `square` beside it once; what is looked for again is judged anew."""
     checked = doubts.flagged({'random answer': True, 'more steps': True, 'lost iterates': False})
     assert checked['unreliable'] and checked['flags'] == ['random answer', 'more steps']
-    again = {'accuracy': 0.5, **doubts.flagged({'random answer': False, 'masked gradients': False})}
+    of_code = {'provenance': {'code': 'abc'}}
+    checked |= of_code
+    again = {'accuracy': 0.5, **of_code, **doubts.flagged({'random answer': False,
+                                                           'masked gradients': False})}
     row = doubts.renewed({'accuracy': 0.5, **checked}, again)
     assert row['flags'] == ['more steps'] and row['unreliable'] and row['accuracy'] == 0.5
     assert set(row['looked_for']) == {'random answer', 'more steps', 'lost iterates',
                                       'masked gradients'}
     assert doubts.renewed(row, {**again, **checked})['flags'] == checked['flags']
-    for former in ({}, {'flags': 3, 'looked_for': 'x'}, {'flags': [], 'looked_for': [[], 'more']}):
+    for former in ({}, {'flags': 3, 'looked_for': 'x', **of_code},
+                   {'flags': [], 'looked_for': [[], 'more'], **of_code},
+                   {**checked, 'provenance': {'code': 'other'}}, {**checked, 'provenance': 1}):
         assert doubts.renewed(former, again) == again
     assert doubts.renewed(checked, {'accuracy': 0.5}) == {'accuracy': 0.5}  # a worst case
 

@@ -756,7 +756,7 @@ def test_tables_show_the_trainings_of_which_something_is_stored():
         whole, part = section(target, []), section(target, ['trades_adv_only'])
         lost = [line for line in whole.splitlines() if line not in part]
         assert 'not stored' not in whole
-        assert 'Left out, as not stored for it: `trades_adv_only`.\n' in part
+        assert 'Left out, their numbers are not stored: `trades_adv_only`.\n' in part
         assert len(lost) >= 4 and all(line.startswith(('| adv. only', '| `trades_'))
                                       for line in lost)  # its rows, and differences from it
     with pytest.raises(UserError, match='nothing is stored of trades_adv_only or trades_shaping'):
@@ -918,6 +918,6 @@ def test_the_headline_is_what_both_attacks_leave():
         assert row[2] == 3000 and row[6].startswith(f'{100 * ours.mean():.1f} [')
         assert row[9].startswith(f'{100 * (ours.mean() - theirs.mean()):+.1f} [')
     made = tables.section(TABLES['headline'], config, stored)
-    assert 'Left out, as not stored for it: `pgd_natural`' in made.splitlines()[2]
+    assert 'Left out, their numbers are not stored: `pgd_natural`' in made.splitlines()[2]
     assert os.path.basename(default['model_dir']) == 'pgd_adv_only' and rows[
         '`pgd_adv_only`', '`pn`'][8:] == ['', '']

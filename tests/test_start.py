@@ -98,6 +98,19 @@ def run_python(code, **environment):
                           capture_output=True, env={**os.environ, **environment}).stderr
 
 
+def test_full_memory_is_one_line_and_a_full_disk_is_not_called_so():
+    """TensorFlow raises the same class for both; the line that tells stands below a heading."""
+    code = ('from running.program import run\n'
+            'class ResourceExhaustedError(Exception): pass\n'
+            'def main(): raise ResourceExhaustedError({!r})\n'
+            'run(main)')
+    stderr = run_python(code.format(
+        'Graph execution error:\n\n{{node}} OOM when allocating tensor with shape[5000,160]\n'))
+    assert stderr == ('-c: memory is full: allocating tensor with shape[5000,160]; expected '
+                      'smaller batches or a smaller network\n')
+    assert 'Traceback' in run_python(code.format('/x; No space left on device'))
+
+
 def test_the_notices_are_shown_again_on_request():
     assert run_python('import running.quiet', TF_CPP_MIN_LOG_LEVEL='0') != ''
     assert run_python('import running.quiet', TF_CPP_MIN_LOG_LEVEL='2') == ''
