@@ -58,6 +58,7 @@ def test_a_run_replaces_its_own_rows_only(run):
     first = run(['clean', 'pgd'], ['pn', 'bn'])
     assert len(first['results']) == 8
     dates = [r.pop('provenance') for r in first['results']]
+    assert {date['device'] for date in dates} == {'CPU'}
     assert all(where['code'] and where['date'] and where['libraries']['tensorflow']
                for where in dates)
     again = run(['pgd'], ['pn'])  # fewer: the others stay, its own is replaced
