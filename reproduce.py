@@ -64,9 +64,9 @@ def main(words):
     stored = flags.FLAGS.stored
     if stored and flags.FLAGS.ray:
         raise UserError('--stored computes nothing; expected no --ray beside it')
-    for name in ('task_cpus', 'task_gpus'):
-        if flags.FLAGS[name].present and not flags.FLAGS.ray:
-            raise UserError(f'--{name} is of the tasks of --ray; expected --ray beside it')
+    if not flags.FLAGS.ray and (flags.FLAGS.task_cpus, flags.FLAGS.task_gpus) != (1, 0):
+        raise UserError('--task_cpus and --task_gpus are of the tasks of --ray; expected --ray '
+                        'beside them')
     config = read_config(stored)
     trainings = trainings_of(tables.values(), config)
 

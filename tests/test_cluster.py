@@ -117,7 +117,7 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     for arguments, fault in (
             (['gap', '--ray', 'local', '--stored', 'results/three_classes'],
              '--stored computes nothing; expected no --ray beside it'),
-            (['gap', '--task_gpus', '1'], '--task_gpus is of the tasks of --ray; expected --ray'),
+            (['gap', '--task_gpus', '1'], '--task_cpus and --task_gpus are of the tasks of --ray'),
             (['gap', '--ray', 'local', '--task_cpus', '-1'], '--task_cpus must be')):
         status, _, errors = program('reproduce.py', *arguments)
         assert status == 2 and len(errors) == 1 and fault in errors[0]

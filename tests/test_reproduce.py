@@ -765,15 +765,16 @@ def test_tables_show_the_trainings_of_which_something_is_stored():
 
 def test_worst_cases_are_over_the_attacks_that_each_mode_has(tmp_path):
     """A slow attack may be stored under some inference modes alone."""
-    cells_of, name = Path(ROOT, 'results', 'three_classes', 'cells'), 'pgd_adv_only'
+    cells_of = Path(ROOT, 'results', 'three_classes', 'cells')
+    name = 'pgd_shaping_in_attack_and_training_3to1'
     config = load_config(cells_of.parent / 'config.json')
     for path in cells_of.glob(f'{name}-*.json'):
         shutil.copy(path, tmp_path)
     path, = (path for path in tmp_path.glob(f'{name}-adaptive-????????????.json')
              if json.loads(path.read_text())['results'][0]['inference'] == 'bn_shaping')
     path.unlink()
-    stored = StoredEvaluations(name, config_of(published.DEFAULT, config), tmp_path)
-    by_attack = cells.attacks_on(published.DEFAULT, config, {name: stored})
+    stored = StoredEvaluations(name, config_of(published.SHAPED, config), tmp_path)
+    by_attack = cells.attacks_on(published.SHAPED, config, {name: stored})
     assert [r['inference'] for r in by_attack['adaptive']['results']] == [
         'bn', 'pn', 'bn_recorded']
     worst = {r['inference']: r for r in cells.worst_cases_of(by_attack, config)
@@ -828,7 +829,7 @@ def test_stored_evaluations_of_different_images_are_refused(tmp_path, monkeypatc
 
 def main_of_stored(folder, monkeypatch, words):
     monkeypatch.setattr(reproduce.flags, 'FLAGS', SimpleNamespace(
-        stored=str(folder), ray=None, config=None, set=[]))
+        task_cpus=1, task_gpus=0, stored=str(folder), ray=None, config=None, set=[]))
     reproduce.main(words)
 
 
