@@ -73,11 +73,8 @@ def main():
     config, form = config_from_flags(), flags.FLAGS.format
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
     trained = config_beside(checkpoint, config)
-    for key, value in of_training(trained).items() if form == 'weights' else ():
-        if value != config[key] and key != 'precision':  # the weights are float32 in any
-            raise UserError(f'{key} is {config[key]}, and {checkpoint} was trained with {value}: '
-                            'the configuration is written beside the weights; expected '
-                            f'--model_dir {os.path.dirname(checkpoint)}, {key} not set')
+    if form == 'weights':
+        check_same_training(config, trained, checkpoint)
     output = os.path.normpath(flags.FLAGS.output or os.path.join(config['model_dir'], 'exported'))
     folder = os.path.abspath(output)
     check_output(folder, checkpoint)
@@ -124,6 +121,18 @@ def main():
         print(f'{CARD} has no robust accuracy: no direct attack in the ball was run on this '
               'checkpoint, or a flag says that it failed; expected eval.py --attack adaptive '
               '--inference bn_recorded before', file=sys.stderr)
+
+
+def check_same_training(config, trained, checkpoint):
+    """Raises UserError where a configuration is not that of the training, but for the precision.
+
+    It is written beside the weights, which are float32 in any precision.
+    """
+    for key, value in of_training(trained).items():
+        if value != config[key] and key != 'precision':
+            raise UserError(f'{key} is {config[key]}, and {checkpoint} was trained with {value}: '
+                            'the configuration is written beside the weights; expected '
+                            f'--model_dir {os.path.dirname(checkpoint)}, {key} not set')
 
 
 def check_output(folder, checkpoint):
@@ -378,8 +387,7 @@ def is_robust(row, config):
 
 
 def worst_first(row):
-    """Orders rows by the upper ends of their intervals, so that twenty unlucky images do not count.
-    """
+    """Orders rows by the upper ends of their intervals: a few unlucky images do not count."""
     return row['interval'][1], row['attack'] != 'worst in ball'
 
 

@@ -5,8 +5,8 @@ progress. Here it goes through any inference, under known draws (`adaptive`; `ap
 drawn) or through fresh draws at every step (`apgd_eot`). Under population norms, it is APGD-CE and
 APGD-T of AutoAttack's standard version, which has nine targets (here as many as restarts), ranks
 them on the clean image (here on the strongest example so far), and has FAB-T and Square beside
-them; through fresh draws, it is the attack of its `rand` version: one draw's
-gradient is noise to who cannot know the draw.
+them; through fresh draws, it is the attack of its `rand` version: one draw's gradient is noise to
+who cannot know the draw.
 """
 import numpy as np
 import tensorflow as tf

@@ -78,7 +78,7 @@ class SquareAttack:
             colour = signs([b, 1, 1, 3], tf.random.fold_in(of_square, 1, alg='philox'))
             x_new = tf.where(square[..., None], x + 2 * self.epsilon * colour, x)
             x_new = project(x_new, x_nat, self.epsilon)
-            # It stays where the margin is the lowest so far
+            # It stays where it lowers the margin
             of_query = drawn[query % len(drawn)]
             if self.asks_again:
                 loss = margin(self.logits(x, of_query), y)

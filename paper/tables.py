@@ -473,8 +473,8 @@ def section(table, config, evaluations):
     note = f'\n{table.note}\n' if table.note else ''
     lacking = [f'`{name}`' for name in trainings_of([table], config)
                if not table.shows(evaluations[name])]
-    without = f' Left out, their numbers are not stored: {", ".join(lacking)}.' if lacking else ''
-    return f'## {table.title}\n\n{caption(table, config)}{without}\n\n{rows}\n{note}'
+    left_out = f' Left out, their numbers are not stored: {", ".join(lacking)}.' if lacking else ''
+    return f'## {table.title}\n\n{caption(table, config)}{left_out}\n\n{rows}\n{note}'
 
 
 def caption(table, config):

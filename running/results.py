@@ -62,8 +62,9 @@ def add_results(path, head, rows, identity, renewed=lambda former, row: row):
         new = {identity(row): row for row in rows}
         former, again = [], []
         for row in before['results']:
-            if identity(row) in new:
-                row = renewed(row, new.pop(identity(row)))
+            key = identity(row)
+            if key in new:
+                row = renewed(row, new.pop(key))
                 again.append(row)
             former.append(row)
         with replacing(path) as f:
