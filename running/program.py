@@ -12,6 +12,7 @@ from absl import flags, logging
 from running import UserError, brief
 
 ANY = object()  # `names` of a program that takes words of any kind
+FULL_MEMORY = re.compile('(?:OOM when|Out of memory) (.*)')  # TensorFlow's words; XLA's, on a GPU
 STOPPED = 75  # exit status of a training that a signal stopped: EX_TEMPFAIL of sysexits.h
 HELP = ('--help', '-h', '--helpshort', '--helpfull', '-help', '--h')
 
@@ -140,11 +141,11 @@ def run(main, names=None):
         sys.exit(2)
     except Exception as error:
         # TensorFlow's; a full disk is of this class, too
-        lines = [line for line in str(error).splitlines() if 'OOM when' in line]
-        if type(error).__name__ != 'ResourceExhaustedError' or not lines:
+        full = FULL_MEMORY.search(str(error))
+        if type(error).__name__ != 'ResourceExhaustedError' or full is None:
             raise
-        print(f'{name}: memory is full: {brief(lines[0].partition("OOM when ")[2])}; expected '
-              'smaller batches or a smaller network', file=sys.stderr)
+        print(f'{name}: memory is full: {brief(full[1])}; expected smaller batches or a smaller '
+              'network', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f'\n{name}: stopped', file=sys.stderr)
