@@ -1,6 +1,7 @@
 """Which inference may serve several people at once: victims whose batch an attacker shares."""
 import numpy as np
 
+from attacks.apgd import loss_funcs_for
 from attacks.neighbours import ANY_IMAGE, QUERIES, NeighboursAttack
 from cifar10_input import eval_examples
 from config import relevant
@@ -9,6 +10,7 @@ from paper import formats
 from paper.cells import as_digits, from_digits
 from paper.published import DEFAULT, SHAPED
 from paper.trainings import name_of
+from running import UserError
 from running.unfinished import batches
 from shaping import make_inference
 
@@ -18,7 +20,8 @@ AT_ONCE = 10             # victims
 HEADER = ['training', 'inference', 'helpers', 'their pixels', 'before', 'after', 'victims turned']
 NOTE = ('A victim is turned where it was answered rightly before. Under `bn_recorded`, and where '
         'each query has a batch of its own, the helpers are those of all rows above: not one bit '
-        "of a victim's logits changed.")
+        "of a victim's logits changed. Own: the victim's own pixels are the attacker's, too, and "
+        'all of the batch is spent on this one image.')
 
 
 # ---- what is measured
@@ -30,7 +33,8 @@ def shared_forms(config):
     `bn`, whose batch is these queries and nothing else, is bn_shaping at 0:1.
     """
     n = config['inference_shaping_ratio']
-    return {'`bn`, 10 queries': {'inference_shaping_ratio': 0, 'shaping_batch_size': QUERIES},
+    return {f'`bn`, {QUERIES} queries': {'inference_shaping_ratio': 0,
+                                         'shaping_batch_size': QUERIES},
             f'`bn_shaping`, {n}:1, batches of {QUERIES * (n + 1)}': {
                 'shaping_batch_size': QUERIES * (n + 1)}}
 
@@ -92,6 +96,51 @@ def neighbours(model, data, config, kept=None):
     return right
 
 
+def owners(model, data, config, kept=None):
+    """Returns which victims are answered rightly where the attacker owns their pixels, too.
+
+    First the victim's alone, then those of all other queries in its batch, too: the owner of a
+    whole batch who spends it on one image. All stay within epsilon. Unlike `neighbours`, it runs on
+    each loss that `adaptive` has, and under `bn` also in a batch as large as those of eval.py.
+
+    Cost: twice as many runs as there are losses, each of apgd_num_steps + 1 gradients of a batch,
+    until the victim is turned.
+
+    Args, returns: as `neighbours`; 0 helpers, epsilon above 0: the victim's own pixels alone.
+    """
+    images, labels = eval_examples(data, config)
+    forms = [(name, QUERIES, settings) for name, settings in shared_forms(config).items()]
+    size = config['eval_batch_size']
+    if size != QUERIES:
+        forms.append((f'`bn`, {size} queries', size, {'inference_shaping_ratio': 0,
+                                                      'shaping_batch_size': size}))
+    attacks = {}
+    for name, queries, settings in forms:
+        inference = make_inference(model, 'bn_shaping', data, {**config, **settings})
+        attacks[name] = NeighboursAttack(inference, config['epsilon'], config['apgd_num_steps'],
+                                         queries, loss_funcs_for(data.num_classes))
+    n = min(NUM_VICTIMS, len(images))
+    right = {(name, *which): np.zeros(n, bool) for name, queries, _ in forms
+             for which in ((0, 0.), (0, config['epsilon']), (queries - 1, config['epsilon']))}
+    for victim, _ in batches(kept, [*right.values()], n, 1, 'owners'):
+        for name, queries, _ in forms:
+            attack, made = attacks[name], []
+            x_nat = images[(victim + np.arange(queries)) % len(images)].astype(np.float32)
+            y = np.repeat(labels[victim], queries)
+            right[name, 0, 0.][victim] = answers(attack.inference, x_nat, victim) == y[0]
+            for helpers in (0, queries - 1):
+                made.append(attack.move_norms(x_nat, y, config['np_random_seed'], victim, helpers,
+                                              made, owns_victim=True))
+                right[name, helpers, config['epsilon']][victim] = (
+                    answers(attack.inference, made[-1], victim) == y[0])
+    return right
+
+
+def answers(inference, x, query):
+    """Returns the class that a batch's first query is answered with."""
+    return np.argmax(inference(x, query).numpy()[0])
+
+
 def of_victims(inference, x, query):
     """Returns the logits of the first of every QUERIES images, [b / QUERIES, classes]."""
     return inference(x, query).numpy()[::QUERIES]
@@ -128,21 +177,30 @@ def kept_rows(right):
 def neighbour_rows(config, evaluations):
     """Returns the victims' accuracy before and after, and how many of the right ones are turned."""
     identity = {**relevant(config), 'apgd_num_steps': config['apgd_num_steps'],
-                'num_victims': NUM_VICTIMS, 'num_helpers': NUM_HELPERS, 'queries': QUERIES}
+                'num_victims': NUM_VICTIMS, 'queries': QUERIES}
     rows = []
     for training in (DEFAULT, SHAPED):
         name = name_of(training, config)
-        found = evaluations[name].experiment(neighbours, identity, kept_rows)['rows']
-        before = {inference: from_digits(right) for inference, helpers, _, right in found
-                  if not helpers}
-        for inference, helpers, epsilon, right in found:
-            if helpers:
-                pixels = 'any' if epsilon == ANY_IMAGE else f'within {epsilon:g}'
-                rows.append([f'`{name}`', inference, helpers, pixels,
-                             *turned(before[inference], from_digits(right))])
-        for inference in separate_forms(config):
-            rows.append([f'`{name}`', inference, f'1 to {max(NUM_HELPERS)}', 'any',
-                         *turned(before[inference], before[inference])])
+        for measure, more in ((neighbours, {'num_helpers': NUM_HELPERS}),
+                              (owners, {'eval_batch_size': config['eval_batch_size']})):
+            of_training = evaluations[name]
+            kept = of_training.if_kept(of_training.experiment, measure, identity | more, kept_rows)
+            if kept is None:
+                continue
+            before = {inference: from_digits(right) for inference, _, epsilon, right in kept['rows']
+                      if not epsilon}
+            for inference, helpers, epsilon, right in kept['rows']:
+                if epsilon:
+                    pixels = 'any' if epsilon == ANY_IMAGE else f'within {epsilon:g}'
+                    rows.append([f'`{name}`', inference,
+                                 f'{helpers}, own' if measure is owners else helpers, pixels,
+                                 *turned(before[inference], from_digits(right))])
+            if measure is neighbours:
+                for inference in separate_forms(config):
+                    rows.append([f'`{name}`', inference, f'1 to {max(NUM_HELPERS)}', 'any',
+                                 *turned(before[inference], before[inference])])
+    if not rows:
+        raise UserError('nothing is stored of victims whose batch an attacker shares')
     return rows
 
 

@@ -8,6 +8,7 @@ from paper import neighbours
 from paper.cells import StoredEvaluations
 from paper.trainings import name_of
 from paper.published import ADV_ONLY, NORM_SHAPING, Training
+from running import UserError
 from shaping import make_inference
 
 
@@ -35,6 +36,19 @@ def test_helpers_alone_move_and_the_victims_loss_rises(
     def losses(images):
         return xent_loss(shared(images, 3), y).numpy()[::QUERIES]
     assert (losses(x) > losses(x_nat)).all()
+
+
+@pytest.mark.parametrize('helpers', [0, 5])
+def test_who_owns_the_victim_too_moves_it_within_its_ball(small_model, small_config, data, helpers):
+    config = small_config(inference_shaping_ratio=0, shaping_batch_size=6)
+    shared = make_inference(small_model, 'bn_shaping', data, config)
+    x_nat = data.eval_data.xs[:6].astype(np.float32)
+    y = np.repeat(np.argmax(shared(x_nat, 3), 1)[:1], 6)  # answered rightly
+    x = NeighboursAttack(shared, 8., 3, 6, ['xent', 'dlr', 'targeted_dlr']).move_norms(
+        x_nat, y, 0, 3, helpers, owns_victim=True)
+    assert (x != x_nat).any((1, 2, 3)).tolist() == [i <= helpers for i in range(6)]
+    assert np.abs(x - x_nat).max() <= 8
+    assert xent_loss(shared(x, 3), y).numpy()[0] > xent_loss(shared(x_nat, 3), y).numpy()[0]
 
 
 def test_a_stronger_attacker_keeps_what_a_weaker_one_found(small_model, small_config, data):
@@ -94,17 +108,45 @@ def test_the_measurement_resumes_and_gives_its_rows(small_model, few, data, tmp_
         right = neighbours.neighbours(small_model, data, few, kept)
     assert {len(values) for values in right.values()} == {4} and len(right) == 4 + 2 * 2
 
+    rows = rows_of(few, {'neighbours': right})
+    assert len(rows) == 2 * (2 * 2 + 2) and {len(row) for row in rows} == {
+        len(neighbours.HEADER)}
+    assert rows[-1][1] == '`bn_recorded`' and rows[-1][4] == rows[-1][5]
+
+
+def rows_of(config, found):
+    """Returns the rows where {name of the measurement: what it found} is stored of both models."""
     class Kept(StoredEvaluations):
         def __init__(self):
             pass
 
         def experiment(self, measure, identity, summarize):
-            return summarize(right)
-    names = [name_of(Training('pgd', mode), few) for mode in (ADV_ONLY, NORM_SHAPING)]
-    rows = neighbours.neighbour_rows(few, dict.fromkeys(names, Kept()))
-    assert len(rows) == 2 * (2 * 2 + 2) and {len(row) for row in rows} == {
-        len(neighbours.HEADER)}
-    assert rows[-1][1] == '`bn_recorded`' and rows[-1][4] == rows[-1][5]
+            if measure.__name__ not in found:
+                raise UserError('not stored')
+            return summarize(found[measure.__name__])
+    names = [name_of(Training('pgd', mode), config) for mode in (ADV_ONLY, NORM_SHAPING)]
+    return neighbours.neighbour_rows(config, dict.fromkeys(names, Kept()))
+
+
+def test_the_owner_of_a_batch_turns_whom_the_owner_of_an_image_turns(small_model, few, data):
+    """Under `bn` in batches of ten and of eval_batch_size, and where queries share clean samples.
+
+    An untrained network answers nearly all images with one class; its victims have that label.
+    """
+    data.eval_data.ys[:4] = np.argmax(small_model(data.eval_data.xs[:4]), 1)
+    right = neighbours.owners(small_model, data, few)
+    forms = {name for name, *_ in right}
+    assert len(forms) == 3 and {len(values) for values in right.values()} == {4}
+    for form in forms:
+        (_, alone), (helpers, all_of_it) = sorted(
+            (helpers, values) for (name, helpers, epsilon), values in right.items()
+            if name == form and epsilon)
+        assert helpers == (19 if '20' in form and 'shaping' not in form else 9)
+        assert not (all_of_it & ~alone).any()
+    rows = rows_of(few, {'owners': right})
+    assert len(rows) == 2 * 3 * 2 and [row[2] for row in rows[:2]] == ['0, own', '9, own']
+    with pytest.raises(UserError, match='nothing is stored'):
+        rows_of(few, {})
 
 
 def test_who_was_wrong_before_is_not_turned():
