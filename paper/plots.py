@@ -22,12 +22,14 @@ def tradeoff(adversary, config, evaluations):
     the paper, whose numbers are hollow.
     """
     figure, axes = pyplot().subplots(figsize=(6, 5))
+    markers, shown = dict(zip(JUDGES, 'os^D')), set()
     for training in available([Training(adversary, mode) for mode in MODES], config, evaluations):
         mode, colour = training.mode, COLOURS[training.mode]
+        axes.plot([], [], color=colour, linewidth=4, label=MODES[mode])
         by_attack = attacks_on(training, config, evaluations)
         worst = [r for r in worst_cases_of(by_attack, config) if r['attack'] == WORST_IN_BALL]
         paper = PAPER_TABLES[adversary][mode]
-        for inference, marker in zip(JUDGES, 'os^D'):
+        for inference, marker in markers.items():
             style = {'color': colour, 'marker': marker, 'linestyle': ''}
             found = [r for attack in ('clean', 'pgd') if attack in by_attack
                      for r in by_attack[attack]['results'] if r['inference'] == inference]
@@ -39,15 +41,20 @@ def tradeoff(adversary, config, evaluations):
                 errors = [[[100 * abs(bound - r['accuracy'])] for bound in r['interval']]
                           for r in (clean, result)]
                 axes.errorbar(100 * clean['accuracy'], 100 * result['accuracy'], errors[1],
-                              errors[0], capsize=2, label=f'{MODES[mode]}, {inference}', **style)
+                              errors[0], capsize=2, **style)
+            shown.add(inference)
             axes.plot(100 * clean['accuracy'], 100 * pgd['accuracy'], alpha=0.25, **style)
             if inference in INFERENCES:
                 i = INFERENCES.index(inference)
                 axes.plot(100 * paper['clean'][i], 100 * paper['pgd'][i], alpha=0.6,
                           markerfacecolor='none', **style)
+    for inference, marker in markers.items():
+        if inference in shown:
+            axes.plot([], [], color='gray', marker=marker, linestyle='', label=inference)
     axes.set(xlabel='accuracy on clean images, %', ylabel='robust accuracy, %',
-             title=f'{adversary} training; filled: {WORST_IN_BALL}; pale: PGD made with PN;\n'
-                   'hollow: the paper under PGD (w32-10, ten classes)')
+             title=f'{adversary} training, {config["num_eval_examples"]} test images; filled: '
+                   f'{WORST_IN_BALL};\npale: PGD made with PN; hollow: the paper under PGD '
+                   '(w32-10)')
     place_legend(axes)
     return figure
 
