@@ -40,7 +40,11 @@ def main(words):
     folder = os.path.join(flags.FLAGS.models_dir or '.', words[0])
     path = f'{folder}.zip'
     if find_checkpoints(folder):
-        print(f'{folder} is there already')
+        if flags.FLAGS.sha256:
+            raise UserError(f'{folder} is there already, and the archive that it came from is not: '
+                            'its digest cannot be checked; remove the folder, or leave --sha256 '
+                            'out')
+        print(f'{folder} is there already: neither downloaded nor checked again')
     else:
         for end in ('', '.unpacking', '.zip', '.zip.part', '.zip.part.json', '.zip.part.json.tmp'):
             if os.path.islink(folder + end):

@@ -238,6 +238,8 @@ def read_pickle(filename):
 
 # ---- zip archives of checkpoints
 
+OF_CHECKPOINTS = re.compile(r'checkpoint|.*\.index|.*\.data-\d+-of-\d+')
+
 
 def find_checkpoints(folder):
     """Returns the prefixes of the checkpoints below a folder, the latest step last."""
@@ -295,7 +297,8 @@ def _contents(archive, entry):
 def unpack(path, folder):
     """Unpacks a zip archive's checkpoints to a folder, which comes into being whole or not at all.
 
-    The folder takes the place of the archive's innermost one that holds all its checkpoints.
+    The folder takes the place of the archive's innermost one that holds all its checkpoints. What
+    is none of a checkpoint's files is left out: a SavedModel or a graph beside it is a program.
 
     Raises:
         UserError: the archive is damaged, unsafe, too large or holds no checkpoint.
@@ -326,6 +329,10 @@ def unpack(path, folder):
             found = find_checkpoints(temporary)
             if not found:
                 raise UserError('holds no checkpoint: no NAME.index with its NAME.data-...')
+            for where, _, names in os.walk(temporary):
+                for name in names:
+                    if not OF_CHECKPOINTS.fullmatch(name):
+                        os.remove(os.path.join(where, name))
             os.rename(os.path.commonpath([os.path.dirname(prefix) for prefix in found]), folder)
         except (FileExistsError, NotADirectoryError):  # as this file system compares names
             raise UserError(f'holds {entry.filename!r} twice, or as a file and a folder') from None

@@ -334,6 +334,16 @@ def test_the_latest_of_several_checkpoints_comes_last(tmp_path):
         'checkpoint-100', 'checkpoint-9000', 'checkpoint-70000']
 
 
+def test_no_program_is_unpacked_beside_a_checkpoint(tmp_path):
+    """classify.py runs a SavedModel that lies in the folder; a .meta holds a graph."""
+    extra = [(f'natural/{name}', b'evil') for name in (
+        'saved_model.pb', 'variables/variables.index.py', 'checkpoint-70000.meta', 'config.json',
+        'eval/results.json', 'checkpoint.py')]
+    model = unpacked(tmp_path, archive(random_model() + extra))
+    assert sorted(name for _, _, names in os.walk(model) for name in names) == [
+        'checkpoint', 'checkpoint-70000.data-00000-of-00001', 'checkpoint-70000.index']
+
+
 @pytest.mark.parametrize('name', [
     '../evil', 'natural/../../evil', '/evil', '//evil', 'natural//evil', './evil', 'natural/./evil',
     'C:evil', 'C:/evil', 'C:\\evil', '..\\evil', 'natural\\..\\..\\evil', '\\\\host\\evil', '..',
@@ -527,6 +537,8 @@ def test_a_fetched_model_is_evaluated_by_the_command_that_is_printed(server, tmp
     assert os.listdir(tmp_path / 'models') == ['natural']
     status, again, _ = fetch('natural', tmp_path, '--url', server.url)
     assert status == 0 and 'is there already' in again and len(server.asked) == 2
+    status, _, stderr = fetch('natural', tmp_path, '--sha256', '0' * 64)
+    assert status == 2 and 'its digest cannot be checked' in stderr[0]
 
     command = stdout.splitlines()[-1]
     assert command == again.splitlines()[-1] == (
