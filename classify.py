@@ -7,11 +7,11 @@
 An image is a PNG or JPEG file (read by Pillow) or a .npy file, [32, 32, 3] or [n, 32, 32, 3],
 pixels in [0, 255]. The answer is that of the inference bn_recorded: each image is classified by
 num_votes recordings, the first drawn for it alone, and gets the class that most of them answer.
+With --inference pn it is that of the population norms.
 What export.py wrote needs no data set, nor do the models under weights/. A training's folder does,
 to record the norms first.
 """
 import os
-import sys
 
 from absl import flags
 import numpy as np
@@ -24,7 +24,10 @@ from running.untrusted import map_array, read_json
 if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
     flags.DEFINE_string('model', None, 'Folder that export.py made, or of a training. Default: '
                         'model_dir of the configuration.')
-    flags.DEFINE_integer('num_votes', 20, 'Recordings by which each image is classified.')
+    flags.DEFINE_integer('num_votes', None, 'Recordings by which each image is classified. '
+                         'Default: 20, or all there are.')
+    flags.DEFINE_enum('inference', None, ['bn_recorded', 'pn'], 'The inference that answers. '
+                      'Default: bn_recorded, or what was exported.')
     flags.DEFINE_boolean('resize', False, 'Shrink or enlarge images of another size to 32 x 32.')
     define_download_flag()
     begin(__doc__, takes_words=True, configuration=config_of_model)
@@ -32,13 +35,13 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
 import running.quiet  # noqa: F401
 import tensorflow as tf
 
-from cifar10_input import load_data
-from export import CARD, RECORDINGS, Classifier, config_beside, read_recordings
-from model import build_model, find_checkpoint
+from export import CARD, Classifier, load_served, names_on, number_of_recordings
+from model import find_checkpoint
 from running.devices import leave_gpus
-from shaping import RecordedInference
 
 SIZE = 32
+MAX_PIXELS = 2 ** 26   # of a picture: 200 MB once it is read
+MAX_IMAGES = 50_000    # of one call: 600 MB
 PILLOW_FORMATS = ('PNG', 'JPEG')
 EIGHT_BIT = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # Pillow's modes
 
@@ -47,14 +50,18 @@ def main(paths):
     # The images: fail now, not after the model is loaded
     if not paths:
         raise UserError('no image is named; expected python classify.py IMAGE...')
-    named = [one for path in paths for one in read_images(path, flags.FLAGS.resize)]
+    named = []
+    for path in paths:
+        named += read_images(path, flags.FLAGS.resize, MAX_IMAGES - len(named))
 
     # The model
     config = config_of_model()
     classify, num_recordings, label_names = (
-        load_trained(config, flags.FLAGS.download) if config
-        else load_exported(flags.FLAGS.model))
+        load_trained(config, flags.FLAGS.inference or 'bn_recorded', flags.FLAGS.download)
+        if config else load_exported(flags.FLAGS.model, flags.FLAGS.inference))
     num_votes = flags.FLAGS.num_votes
+    if num_votes is None:
+        num_votes = min(20, num_recordings)
     if not 1 <= num_votes <= num_recordings:
         raise UserError(f'--num_votes must be an integer, 1 to {num_recordings}, the number of '
                         f'recordings, got {num_votes}')
@@ -63,18 +70,19 @@ def main(paths):
     answer = classify(np.stack([image for _, image in named]), num_votes=tf.constant(num_votes))
     for (name, _), label, probabilities, votes in zip(named, *(
             answer[key].numpy() for key in ('label', 'probabilities', 'votes'))):
-        print(f'{name}: {label_names[label]}, probability {probabilities[label]:.2f}, '
-              f'{votes[label]} of {num_votes} recordings agree')
+        agree = f', {votes[label]} of {num_votes} recordings agree' if num_recordings > 1 else ''
+        print(f'{name}: {label_names[label]}, probability {probabilities[label]:.2f}{agree}')
 
 
 # ---- images
 
 
-def read_images(path, resize):
+def read_images(path, resize, most=MAX_IMAGES):
     """Returns a list of (name, float32 [32, 32, 3]) of the images in a file.
 
     Args:
         resize: whether an image of another size is resized; else it is refused.
+        most: how many are taken at most.
 
     Raises:
         UserError: no image that can be classified.
@@ -86,14 +94,23 @@ def read_images(path, resize):
                             '[n, 32, 32, 3]')
         if array.dtype.kind not in 'uif':
             raise UserError(f'{path} holds values of type {array.dtype}; expected numbers')
+        check_number(path, 1 if array.ndim == 3 else len(array), most)
         names = [path] if array.ndim == 3 else [f'{path}[{i}]' for i in range(len(array))]
         images = [array] if array.ndim == 3 else array
     else:
-        names, images = [path], [read_picture(path)]
+        check_number(path, 1, most)
+        names, images = [path], [read_picture(path, resize)]
     return [(name, checked(name, image, resize)) for name, image in zip(names, images)]
 
 
-def read_picture(path):
+def check_number(path, number, most):
+    """Raises UserError where a file holds more images than may still be taken."""
+    if number > most:
+        raise UserError(f'{path} makes it more than {MAX_IMAGES:,} images; expected {MAX_IMAGES:,} '
+                        'in one call at most')
+
+
+def read_picture(path, resize):
     """Returns the pixels of a PNG or JPEG file, uint8 [h, w, 3]. Raises UserError."""
     optional('PIL', f'{path}: pictures need Pillow', 'pillow')
     from PIL import Image, ImageOps
@@ -102,6 +119,7 @@ def read_picture(path):
             if picture.mode not in EIGHT_BIT:
                 raise UserError(f'{path} has pixels of kind {picture.mode}; expected 8 bits a '
                                 'colour')
+            check_size(path, *picture.size, resize)  # before its pixels are unpacked
             return np.asarray(ImageOps.exif_transpose(picture).convert('RGB'))
     except FileNotFoundError:
         raise UserError(f'{path} does not exist; expected a PNG, JPEG or .npy file') from None
@@ -113,97 +131,68 @@ def read_picture(path):
 
 def checked(name, image, resize):
     """Returns an image as float32 [32, 32, 3], pixels in [0, 255]. Raises UserError."""
-    image = np.asarray(image, np.float32)
     h, w = image.shape[:2]
+    check_size(name, w, h, resize)
     if not (np.isfinite(image).all() and (image >= 0).all() and (image <= 255).all()):
         raise UserError(f'{name} holds pixels that are no finite numbers in [0, 255]')
+    image = np.asarray(image, np.float32)
     if (h, w) == (SIZE, SIZE):
         return image
-    if not resize:
-        raise UserError(f'{name} is {w} x {h} pixels; expected {SIZE} x {SIZE}, or --resize')
     return np.clip(tf.image.resize(image, [SIZE, SIZE], 'area').numpy(), 0, 255)
+
+
+def check_size(name, w, h, resize):
+    """Raises UserError unless an image has the right size, or one that it may be resized from."""
+    if not resize and (w, h) != (SIZE, SIZE):
+        raise UserError(f'{name} is {w} x {h} pixels; expected {SIZE} x {SIZE}, or --resize')
+    if w * h > MAX_PIXELS:
+        raise UserError(f'{name} is {w} x {h} pixels; expected {MAX_PIXELS:,} in all at most')
 
 
 # ---- models
 
 
-def load_exported(folder):
+def load_exported(folder, inference=None):
     """Returns (f(images, num_votes=) -> dict, number of recordings, label names) of an export.
 
     A SavedModel is a program: load none that you would not run.
 
+    Args:
+        inference: which one it must be of; None: any.
+
     Raises:
-        UserError: the folder is not what export.py writes.
+        UserError: the folder is not what export.py writes, or is of another inference.
     """
     card = read_json(os.path.join(folder, CARD))
     try:
-        names, num_recordings = names_on(card), card['inference']['num_recordings']
+        names, of_card = names_on(card), card['inference']
+        num_recordings = 1 if of_card['mode'] == 'pn' else of_card['num_recordings']
         if type(num_recordings) is not int:
             raise TypeError
         model = tf.saved_model.load(folder)
         model.__call__  # noqa: B018 - or it is another program's
+        found = model.signatures['serving_default'].structured_outputs['logits'].shape[-1]
+        if found != len(names):
+            raise ValueError(f'{CARD} names {len(names)} classes, the model has {found}')
     except (KeyError, TypeError, AttributeError, OSError, ValueError, tf.errors.OpError) as error:
         raise UserError(f'{folder} cannot be read as a model that export.py wrote: '
                         f'{brief(error)}') from None
+    if inference not in (None, of_card['mode']):
+        raise UserError(f'--inference is {inference}, and {folder} was exported with '
+                        f'{of_card["mode"]}; expected no other')
     return model, num_recordings, names
 
 
-def names_on(card):
-    """Returns the label names on a card. Raises KeyError or TypeError: it has none."""
-    names = card['classes']
-    if not isinstance(names, list) or not all(
-            isinstance(name, str) and name.isprintable() for name in names):
-        raise TypeError
-    return names
-
-
-def load_trained(config, download=False):
-    """Returns the same of a training's newest checkpoint.
-
-    Its norms are recorded now, unless `export.py --format weights` wrote them beside it.
+def load_trained(config, inference='bn_recorded', download=False):
+    """Returns the same of a training's newest checkpoint; see export.load_served.
 
     Raises:
         UserError: there is none, or what is beside it is not what export.py writes.
     """
     leave_gpus(config)
-    checkpoint = find_checkpoint(config, option='--model')
-    recordings = f'{checkpoint}{RECORDINGS}'
-    if os.path.exists(recordings):
-        names = names_beside(checkpoint, config)
-        samples = config_beside(checkpoint, config)['recorded_samples']
-        if config['recorded_samples'] != samples:
-            raise UserError(f'recorded_samples is {config["recorded_samples"]}, but {recordings} '
-                            f'are of {samples} training images each; expected no other number')
-        model = loaded(config, checkpoint, len(names))
-        inference = RecordedInference(
-            model, read_recordings(model, recordings, config['num_recordings']),
-            config['inference_shaping_ratio'], config['np_random_seed'])
-    else:
-        data = load_data(config, download)
-        names, model = data.label_names, loaded(config, checkpoint, data.num_classes)
-        print(f'{checkpoint}: recording {config["num_recordings"]} times '
-              f'{config["recorded_samples"]} training images', file=sys.stderr, flush=True)
-        inference = RecordedInference.from_config(model, data, config)
-    return Classifier(inference, len(names)).__call__, inference.num_recordings, names
-
-
-def loaded(config, checkpoint, num_classes):
-    """Returns the model of a configuration with the weights of a checkpoint."""
-    model = build_model(config, num_classes)
-    model.load_madry_checkpoint(checkpoint)
-    return model
-
-
-def names_beside(checkpoint, config):
-    """Returns the label names on the card beside released weights. Raises UserError."""
-    path = os.path.join(os.path.dirname(checkpoint), CARD)
-    try:
-        names = names_on(read_json(path))
-        if len(names) != (len(config['classes']) if config['classes'] else 10):
-            raise TypeError
-    except (KeyError, TypeError):
-        raise UserError(f'{path} names no such classes; expected what export.py wrote') from None
-    return names
+    served = load_served(config, find_checkpoint(config, option='--model'), inference, download)
+    return (Classifier(served.inference, len(served.names)).__call__,
+            number_of_recordings(served.inference), served.names)
 
 
 if __name__ == '__main__':

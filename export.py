@@ -2,11 +2,13 @@
 
     python export.py --model_dir DIR                   # newest checkpoint, to DIR/exported
     python export.py --checkpoint PREFIX --output DIR
+    python export.py --model_dir DIR --inference pn    # by population norms: nothing is drawn
     python export.py --model_dir DIR --format onnx     # needs tf2onnx: pip install tf2onnx
     python export.py --model_dir DIR --format weights  # for eval.py, classify.py and the original
 
 What is exported is the inference bn_recorded: weights, and the statistics of num_recordings times
-recorded_samples clean training images, but no image. A request is answered for each image by a
+recorded_samples clean training images, but no image. Where recordings lie beside the weights, as in
+weights/, they are taken, and no data set is needed. A request is answered for each image by a
 recording drawn for it alone; no seed is stored, so no two processes draw the same. In Python:
 
     classify = tf.saved_model.load(DIR)
@@ -22,12 +24,15 @@ Beside the model stands card.json: the training, its digest, accuracies, the thr
 input. Its accuracies are those in MODEL_DIR/eval/results.json of this very checkpoint, so first
 
     python eval.py --model_dir DIR --inference bn_recorded --attack clean,pgd,adaptive,apgd_eot
+
+or, of released weights, those on the card beside them.
 """
 import copy
 import json
 import os
 import shutil
 import sys
+from typing import NamedTuple
 
 from absl import flags
 
@@ -40,6 +45,8 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
     flags.DEFINE_string('output', None, 'Folder that is made. Default: MODEL_DIR/exported.')
     flags.DEFINE_enum('format', 'savedmodel', ['savedmodel', 'onnx', 'weights'],
                       'What is written.')
+    flags.DEFINE_enum('inference', 'bn_recorded', ['bn_recorded', 'pn'],
+                      'The inference that is exported.')
     begin(__doc__)
 
 import running.quiet  # noqa: F401
@@ -50,15 +57,15 @@ from attacks import DIRECT
 from cifar10_input import load_data
 from doubts import INDIRECT
 from model import build_model, find_checkpoint, network_name
-from running import UserError, optional
+from running import UserError, brief, optional
 from running.devices import leave_gpus
 from running.files import replacing
 from running.outputs import without_deprecations
 from running.resume import in_one_line
 from running.results import check_writable, provenance, read_results
-from running.unfinished import checkpoint_digest, data_digest
-from running.untrusted import map_array
-from shaping import RecordedInference, form_of
+from running.unfinished import checkpoint_digest, data_digest, file_digest
+from running.untrusted import map_array, read_json
+from shaping import Inference, RecordedInference, form_of
 
 FORMATS = {'savedmodel': SAVED_MODEL, 'onnx': 'model.onnx', 'weights': 'checkpoint'}
 AT_ONCE = 250  # images in one pass: a bound on memory, not on a request
@@ -70,11 +77,13 @@ WRITTEN = {*FORMATS.values(), CARD, 'variables', 'assets', 'fingerprint.pb', 'co
 
 def main():
     # The checkpoint and the output: fail now, not after the recordings
-    config, form = config_from_flags(), flags.FLAGS.format
+    config, form, mode = config_from_flags(), flags.FLAGS.format, flags.FLAGS.inference
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
     trained = config_beside(checkpoint, config)
     if form == 'weights':
         check_same_training(config, trained, checkpoint)
+        if mode == 'pn':
+            raise UserError('--format weights is for every inference; expected no --inference')
     output = os.path.normpath(flags.FLAGS.output or os.path.join(config['model_dir'], 'exported'))
     folder = os.path.abspath(output)
     check_output(folder, checkpoint)
@@ -82,30 +91,29 @@ def main():
         config['precision'] = 'float32'  # the weights are; ONNX Runtime has no CPU kernels else
         find_converter()
 
-    # The data and the model
+    # The model and its norms
     leave_gpus(config)
-    data = load_data(config, flags.FLAGS.download)
-    model = build_model(config, data.num_classes)
-    step = model.load_madry_checkpoint(checkpoint)
-
-    # Record the norms
-    inference = RecordedInference.from_config(model, data, config)
+    digest = checkpoint_digest(checkpoint)
+    served = load_served(config, checkpoint, mode, flags.FLAGS.download)
+    if checkpoint_digest(checkpoint) != digest:
+        raise UserError(f'{checkpoint} was written anew meanwhile, by its training; the same '
+                        'command starts again')
 
     # Write the model and its card, beside the folder, then in its place
-    origin = {'checkpoint': checkpoint, 'step': step,
-              'checkpoint_digest': checkpoint_digest(checkpoint)[:16],
-              'data': data_digest(data)[:16]}
-    card = make_card(config, trained, data, origin, form)
+    origin = {'checkpoint': checkpoint, 'step': served.step, 'checkpoint_digest': digest[:16],
+              'data': served.data}
+    card = make_card(config, trained, served, origin, form)
     temporary, former = folder + TEMPORARY, folder + FORMER
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     with in_one_line(folder):
         if form == 'onnx':
-            save_onnx(inference, os.path.join(temporary, FORMATS[form]))
+            save_onnx(served.inference, os.path.join(temporary, FORMATS[form]))
         elif form == 'weights':
-            save_weights(inference, {**config, 'model_dir': output}, step, temporary)
+            card |= save_weights(served.inference, {**config, 'model_dir': output}, served.step,
+                                 temporary)
         else:
-            save(inference, data.num_classes, temporary)
+            save(served.inference, len(served.names), temporary)
     with replacing(os.path.join(temporary, CARD)) as f:
         json.dump(card, f, indent=1)
     shutil.rmtree(former, ignore_errors=True)
@@ -113,14 +121,14 @@ def main():
         os.replace(folder, former)
     os.replace(temporary, folder)
     shutil.rmtree(former, ignore_errors=True)
-    print(f'Checkpoint {checkpoint}, step {step}: written to {output}')
+    print(f'Checkpoint {checkpoint}, step {served.step}: written to {output}')
     if not card['results']:
-        print(f'{CARD} has no accuracies: eval.py --inference bn_recorded has not been run on this '
+        print(f'{CARD} has no accuracies: eval.py --inference {mode} has not been run on this '
               'checkpoint', file=sys.stderr)
     elif not card['robust_accuracy']:
         print(f'{CARD} has no robust accuracy: no direct attack in the ball was run on this '
               'checkpoint, or a flag says that it failed; expected eval.py --attack adaptive '
-              '--inference bn_recorded before', file=sys.stderr)
+              f'--inference {mode} before', file=sys.stderr)
 
 
 def check_same_training(config, trained, checkpoint):
@@ -157,18 +165,63 @@ def check_output(folder, checkpoint):
 # ---- what is exported
 
 
-class Classifier(tf.Module):
-    """The inference bn_recorded with its recordings, as TensorFlow functions.
+class Served(NamedTuple):
+    """A checkpoint as it is served."""
+    inference: Inference
+    names: list         # of the classes
+    step: int
+    data: str | None    # the digest of the data set; None: it was not needed
+    card: dict          # the one beside released weights, else {}
 
-    Called with (images, num_votes=1, recording=[]): see `answer`.
+
+def load_served(config, checkpoint, mode, download=False):
+    """Returns a checkpoint with the inference `mode`, bn_recorded or pn, a Served.
+
+    Its norms are recorded now, unless `--format weights` wrote them beside it.
+
+    Raises:
+        UserError: what is beside it is not what `--format weights` wrote.
+    """
+    path, card, data = f'{checkpoint}{RECORDINGS}', {}, None
+    if os.path.exists(path):
+        card = card_beside(checkpoint, config)
+        names = card['classes']
+    else:
+        data = load_data(config, download)
+        names = list(data.label_names)
+    model = build_model(config, len(names))
+    step = model.load_madry_checkpoint(checkpoint)
+    if mode == 'pn':
+        inference = Inference(model, 'pn')
+    elif card:
+        samples = config_beside(checkpoint, config)['recorded_samples']
+        if config['recorded_samples'] != samples:
+            raise UserError(f'recorded_samples is {config["recorded_samples"]}, but {path} are of '
+                            f'{samples} training images each; expected no other number')
+        inference = RecordedInference(
+            model, read_recordings(model, path, config['num_recordings']),
+            config['inference_shaping_ratio'], config['np_random_seed'])
+    else:
+        print(f'{checkpoint}: recording {config["num_recordings"]} times '
+              f'{config["recorded_samples"]} training images', file=sys.stderr, flush=True)
+        inference = RecordedInference.from_config(model, data, config)
+    return Served(inference, names, step, data_digest(data)[:16] if data else None, card)
+
+
+class Classifier(tf.Module):
+    """The inference bn_recorded with its recordings, or pn, as TensorFlow functions.
+
+    Called with (images, num_votes=1, recording=[]): see `answer`. Under pn, what is said of
+    recordings is said of one: the population norms.
 
     Args:
-        inference: a RecordedInference. num_classes: of its logits.
+        inference: a RecordedInference, or an Inference by pn. num_classes: of its logits.
     """
 
     def __init__(self, inference, num_classes):
         super().__init__()
-        self.num_classes, self.num_recordings = num_classes, inference.num_recordings
+        self.num_classes = num_classes
+        self.num_recordings = number_of_recordings(inference)
         self.logits = inference.logits
         once, unknown = tf.constant(1), tf.zeros([0], tf.int32)
 
@@ -236,8 +289,13 @@ class Classifier(tf.Module):
         return tf.ensure_shape(parts.concat()[:b], shape)
 
 
+def number_of_recordings(inference):
+    """Returns how many recordings an inference chooses from; of pn 1, its population norms."""
+    return 1 if inference.mode == 'pn' else inference.num_recordings
+
+
 def save(inference, num_classes, folder):
-    """Writes a SavedModel of an inference bn_recorded; see this file's top, and docs/export.md."""
+    """Writes a SavedModel of bn_recorded or pn; see this file's top, and docs/export.md."""
     classifier = Classifier(inference, num_classes)
     votes = (tf.TensorSpec([], tf.int32, 'num_votes'),
              tf.TensorSpec([None], tf.int32, 'recording'))
@@ -246,11 +304,15 @@ def save(inference, num_classes, folder):
     in_full = classifier.__call__.get_concrete_function(float_images, *votes)
     classifier.__call__.get_concrete_function(byte_images, *votes)
     classifier.weights = list(in_full.variables)  # stored are those of an attribute
+    once, unknown = tf.constant(1), tf.zeros([0], tf.int32)
+    classifier.in_full = tf.function(  # of a concrete function, no defaults would be stored
+        lambda images, num_votes=once, recording=unknown:
+        classifier.__call__(images, num_votes, recording), input_signature=[float_images, *votes])
     alone = tf.function(lambda images: classifier.__call__(images))
     tf.saved_model.save(classifier, folder, {
         'serving_default': alone.get_concrete_function(float_images),
         'serving_uint8': alone.get_concrete_function(byte_images),
-        'serving_votes': in_full})
+        'serving_votes': classifier.in_full})
 
 
 def find_converter():
@@ -261,20 +323,23 @@ def find_converter():
 def save_onnx(inference, path):
     """Writes an ONNX model: (images float32 [b, 32, 32, 3], recording int32 [b]) -> a dict, below.
 
-    Which recording answers is up to the caller: draw it, evenly, for each image of a request.
+    Which recording answers is up to the caller: draw it, evenly, for each image of a request. Under
+    pn there is no such input.
     """
-    constant = copy.copy(inference)  # tf2onnx would make inputs of tensors
-    constant.recordings = {name: [values.numpy() for values in pair]
-                           for name, pair in inference.recordings.items()}
+    constant = copy.copy(inference)
+    if inference.mode != 'pn':  # tf2onnx would make inputs of tensors
+        constant.recordings = {name: [values.numpy() for values in pair]
+                               for name, pair in inference.recordings.items()}
 
-    def classify(images, recording):
+    def classify(images, recording=None):
         logits = constant.logits(images, recording)
         return {'logits': logits, 'probabilities': tf.nn.softmax(logits),
                 'label': tf.argmax(logits, 1, tf.int32)}
 
     find_converter().convert.from_function(
         tf.function(classify), [tf.TensorSpec([None, 32, 32, 3], tf.float32, 'images'),
-                                tf.TensorSpec([None], tf.int32, 'recording')],
+                                tf.TensorSpec([None], tf.int32, 'recording')][
+                                    :1 if inference.mode == 'pn' else 2],
         opset=17, output_path=path)
 
 
@@ -282,7 +347,11 @@ def save_onnx(inference, path):
 
 
 def save_weights(inference, config, step, folder):
-    """Writes a checkpoint that the original can restore, its recordings and its configuration."""
+    """Writes a checkpoint that the original can restore, its recordings and its configuration.
+
+    Returns:
+        {entry of the card: digest} of the two files, which are known by them.
+    """
     prefix = os.path.join(folder, f'checkpoint-{step}')
     with without_deprecations():
         inference.model.save_madry_checkpoint(prefix, global_step=step)
@@ -291,6 +360,7 @@ def save_weights(inference, config, step, folder):
         f.write(f'model_checkpoint_path: "checkpoint-{step}"\n')
     paths = {'data_path': load_config()['data_path']}  # the data may lie elsewhere where it is read
     store_config({**config, **paths}, os.path.join(folder, 'config.json'))
+    return digests_of(prefix)
 
 
 def write_recordings(recordings, path):
@@ -329,29 +399,69 @@ def config_beside(checkpoint, config):
     return load_config(path) if os.path.isfile(path) else config
 
 
-def make_card(config, trained, data, origin, form):
+def card_beside(checkpoint, config):
+    """Returns the card beside released weights, a dict.
+
+    Raises:
+        UserError: it names no classes, or is of other weights or other recordings.
+    """
+    path = os.path.join(os.path.dirname(checkpoint), CARD)
+    card = read_json(path)
+    try:
+        if len(names_on(card)) != (len(config['classes']) if config['classes'] else 10):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise UserError(f'{path} names no such classes; expected what export.py wrote') from None
+    for key, digest in digests_of(checkpoint).items():
+        if card.get(key, digest) != digest:
+            raise UserError(f'{path} has the {key} {brief(card[key])}, and that of {checkpoint} '
+                            f'is {digest}; expected the files that export.py wrote together')
+    return card
+
+
+def digests_of(checkpoint):
+    """Returns {entry of the card: digest} of released weights and of the recordings beside them.
+
+    The weights' is not that of the training's checkpoint, which holds velocities, too.
+    """
+    return {'weights_digest': checkpoint_digest(checkpoint)[:16],
+            'recordings_digest': file_digest(f'{checkpoint}{RECORDINGS}')[:16]}
+
+
+def names_on(card):
+    """Returns the label names on a card. Raises KeyError or TypeError: it has none."""
+    names = card['classes']
+    if not isinstance(names, list) or not all(
+            isinstance(name, str) and name.isprintable() for name in names):
+        raise TypeError
+    return names
+
+
+def make_card(config, trained, served, origin, form):
     """Returns what stands beside the model: training, accuracies, threat model, input; a dict.
 
     Args:
-        config: of the evaluation. trained: of the training.
+        config: of the evaluation. trained: of the training. served: a Served.
     """
-    rows = results_of(config, origin)
+    mode = served.inference.mode
+    rows = rows_on(served.card, mode) if served.card else results_of(config, origin, mode)
     clean = max((r for r in rows if r['attack'] == 'clean'),
                 key=lambda row: row['num_examples'], default=None)
-    robust = min((r for r in rows if is_robust(r, config)), key=worst_first, default=None)
+    robust = min((r for r in rows if is_robust(r, config, mode)), key=worst_first, default=None)
+    recorded = mode == 'bn_recorded'
     return {
         'format': form, 'file': FORMATS[form],
         'architecture': f'{network_name(config)}, pre-activation wide ResNet with batch '
                         'normalization',
-        'dataset': config['dataset'], 'classes': list(data.label_names), **origin,
-        'input': {'images': '[b, 32, 32, 3], RGB, float32 or uint8, pixels in [0, 255]; the model '
-                            'standardizes each image'},
-        'inference': {'mode': 'bn_recorded', **form_of('bn_recorded', config),
-                      'np_random_seed': config['np_random_seed']},
+        'dataset': config['dataset'], 'classes': served.names, **origin,
+        'input': input_of(form, served.inference),
+        'inference': {'mode': mode, **form_of(mode, config),
+                      **({'np_random_seed': config['np_random_seed']} if recorded else {})},
         'threat_model': {
             'norm': 'L-infinity', 'epsilon': config['epsilon'], 'pixels': '[0, 255]',
             'attacker_knows': 'the weights, the recordings, the training images; not which '
-                              'recording a query draws, though adaptive assumes that, too',
+                              'recording a query draws, though adaptive assumes that, too'
+                              if recorded else 'the weights',
             'words': 'robust accuracy is at most what the strongest attack that was tried leaves; '
                      'nothing here is a certificate'},
         'clean_accuracy': clean, 'robust_accuracy': robust, 'results': rows,
@@ -359,13 +469,42 @@ def make_card(config, trained, data, origin, form):
         'provenance': provenance()}
 
 
-def results_of(config, origin):
+def input_of(form, inference):
+    """Returns what a format's model takes, {name: what it is}."""
+    dtype = 'float32' if form == 'onnx' else 'float32 or uint8'
+    found = {'images': f'[b, 32, 32, 3], RGB, {dtype}, pixels in [0, 255]; the model standardizes '
+                       'each image'}
+    if form == 'onnx':
+        found['checks'] = 'none: the caller checks pixels and recording'
+        if inference.mode != 'pn':
+            found['recording'] = (f'int32 [b], 0 to {inference.num_recordings - 1}, which the '
+                                  'caller draws for each image')
+    return found
+
+
+def rows_on(card, mode):
+    """Returns the rows of an inference on the card beside released weights.
+
+    Raises:
+        UserError: the card is not what export.py or tests/cards.py writes.
+    """
+    try:
+        if 'results' in card:
+            return card['results'] if card['inference']['mode'] == mode else []
+        epsilon = card['epsilon']
+        return [{'attack': attack, 'epsilon': None if attack == 'clean' else epsilon, **row}
+                for attack, row in card['accuracy'].get(mode, {}).items()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'the card beside the weights has no accuracies: {brief(error)}; expected '
+                        'what export.py wrote') from None
+
+
+def results_of(config, origin, mode):
     """Returns the rows that eval.py has of this checkpoint, these images and recordings."""
     folders = dict.fromkeys(map(os.path.abspath, (
         config['model_dir'], os.path.dirname(origin['checkpoint']))))
-    same = {'inference': 'bn_recorded',
-            **{key: config[key] for key in ('np_random_seed', 'precision')},
-            **form_of('bn_recorded', config),
+    same = {'inference': mode, **{key: config[key] for key in ('np_random_seed', 'precision')},
+            **form_of(mode, config),
             **{key: origin[key] for key in ('checkpoint_digest', 'data')}}
     shown = ('attack', 'accuracy', 'interval', 'num_examples', 'epsilon', 'norms', 'attacks',
              'num_draws', 'num_steps', 'flags', 'unreliable')
@@ -375,15 +514,16 @@ def results_of(config, origin):
             if all(row.get(key) == value for key, value in same.items())]
 
 
-def is_robust(row, config):
+def is_robust(row, config, mode='bn_recorded'):
     """Returns whether a row is of an attack within the ball, a direct one, or the worst of several.
 
     Of several, one at least must be direct: where all are transferred, that is no robust accuracy.
-    Nor is it what a flag calls unreliable.
+    Nor is it what a flag calls unreliable. PGD made with `pn` is direct under `pn`.
     """
     attacks = row.get('attacks', [row['attack']])
+    direct = {*DIRECT, *(('pgd', 'apgd') if mode == 'pn' else ())} - {*INDIRECT}
     return (row.get('epsilon') == config['epsilon'] and not row.get('unreliable')
-            and bool(set(attacks) & set(DIRECT) - set(INDIRECT)))
+            and bool(set(attacks) & direct))
 
 
 def worst_first(row):

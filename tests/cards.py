@@ -10,6 +10,7 @@ its weights can be held together without the data set; tests/test_cards.py does.
 import glob
 import json
 import os
+import re
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -21,6 +22,7 @@ import tensorflow as tf  # noqa: E402
 
 from config import load_config  # noqa: E402
 from eval import WORST_IN_BALL, wilson_interval  # noqa: E402
+from export import digests_of  # noqa: E402
 from model import build_model, find_checkpoint, network_name  # noqa: E402
 from paper import headline  # noqa: E402
 from paper.cells import (StoredEvaluations, attacks_on, result_of,  # noqa: E402
@@ -28,6 +30,7 @@ from paper.cells import (StoredEvaluations, attacks_on, result_of,  # noqa: E402
 from paper.published import MODES  # noqa: E402
 from paper.trainings import config_of, name_of  # noqa: E402
 from running.unfinished import checkpoint_digest  # noqa: E402
+from running.untrusted import read_json  # noqa: E402
 
 FIXTURE = 'tests/data/golden_slim.npz'
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
@@ -62,20 +65,20 @@ def accuracies(group, name):
     """Returns {inference: {'clean': ..., 'worst in ball': ...}} as results/GROUP has them.
 
     Of Tables I and II; of the table `headline` where they lack the model, or the strongest attack
-    on it, `adaptive`, or where it has more images. {} where nothing is stored, or results/ has
-    other weights'.
+    on it, `adaptive`, or where it has more images. Where both lack it: clean and `adaptive_pgd`, if
+    they were run. {} where nothing is stored, or results/ has other weights'.
     """
     folder = os.path.join(ROOT, 'results', group)
     if not os.path.exists(os.path.join(folder, 'config.json')):
         return {}
     config = load_config(os.path.join(folder, 'config.json'))
+    digest = checkpoint_digest(find_checkpoint(config, os.path.join(ROOT, 'weights', group, name)))
     for training in headline.SHOWN:
         if name_of(training, config) == name:
             break
     else:
-        return {}
+        return of_cells(os.path.join(folder, 'cells'), name, digest)
     stored = StoredEvaluations(name, config_of(training, config), os.path.join(folder, 'cells'))
-    digest = checkpoint_digest(find_checkpoint(config, os.path.join(ROOT, 'weights', group, name)))
     found = {}
     if training.mode in MODES and not training.seed and stored.has('clean'):
         found = of_tables(attacks_on(training, config, {name: stored}), config, digest)
@@ -84,6 +87,19 @@ def accuracies(group, name):
         if ('adaptive' not in worst.get('attacks', ())
                 or ours[WORST_IN_BALL]['num_examples'] > worst['num_examples']):
             found[inference] = ours
+    return found or of_cells(os.path.join(folder, 'cells'), name, digest)
+
+
+def of_cells(folder, name, digest):
+    found = {}
+    for attack in ('clean', 'adaptive_pgd'):
+        for path in sorted(glob.glob(os.path.join(folder, f'{name}-{attack}-*.json'))):
+            kept = read_json(path)
+            if (re.fullmatch(f'{name}-{attack}-[0-9a-f]{{12}}.json', os.path.basename(path))
+                    and kept['identity'][2] == digest):
+                for result in kept['results']:
+                    found.setdefault(result['inference'], {})[attack] = {
+                        key: result[key] for key in KEPT}
     return found
 
 
@@ -116,9 +132,10 @@ def card_of(folder):
     """Returns the card of the model in a folder, a dict."""
     config = load_config(os.path.join(folder, 'config.json'))
     group, name = folder.split(os.sep)[-2:]
+    checkpoint, found = find_checkpoint(config, folder), accuracies(group, name)
     return {
         'fixture': on_the_fixture(folder),
-        'model': name, 'architecture': network_name(config),
+        'model': name, **digests_of(checkpoint), 'architecture': network_name(config),
         'dataset': config['dataset'], 'classes': config['classes'] or CLASSES,
         'data': 'CIFAR-10 whose images went through JPEG compression once',
         'training': {key: config[key] for key in (
@@ -127,7 +144,8 @@ def card_of(folder):
             'tf_random_seed', 'np_random_seed')},
         'threat_model': f'L-infinity, {config["epsilon"]:g} of 255; the attacker knows the weights '
                         'and the draw that answers',
-        'accuracy': accuracies(group, name),
+        'epsilon': config['epsilon'], 'accuracy': found,
+        **({} if found else {'note': 'its accuracy as it is served is not stored: run eval.py'}),
         'made_by': f'reproduce.py; results/{group}; RESULTS.md'}
 
 

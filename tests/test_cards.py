@@ -9,7 +9,7 @@ import tensorflow as tf
 import classify
 from cards import CLASSES, FIXTURE, ROOT, accuracies, folders, on_the_fixture
 from config import load_config
-from export import RECORDINGS, read_recordings
+from export import RECORDINGS, card_beside, read_recordings
 from model import build_model, find_checkpoint
 
 MODELS = [os.path.relpath(folder, ROOT) for folder in folders()]
@@ -37,7 +37,9 @@ def without_images(name):
 def test_a_hundred_recordings_of_this_network_are_beside_its_weights(name):
     config = without_images(name)
     checkpoint = find_checkpoint(config)
-    model = build_model(config, len(classify.names_beside(checkpoint, config)))
+    card = card_beside(checkpoint, config)
+    assert {'weights_digest', 'recordings_digest'} <= set(card)  # and they are these files'
+    model = build_model(config, len(card['classes']))
     assert len(read_recordings(model, f'{checkpoint}{RECORDINGS}', 100)) == (
         6 * config['num_residual_units'] + 1)
 

@@ -10,6 +10,7 @@ from PIL import Image
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 
 import classify
 from eval import wilson_interval
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from model import build_model, find_checkpoint
 from running import UserError
 from running.untrusted import read_json
-from shaping import make_inference
+from shaping import Inference, make_inference
 from test_programs import SETTINGS, program, trained  # noqa: F401
 
 RECORDINGS = ['num_recordings=7', 'recorded_samples=20']
@@ -173,6 +174,35 @@ def test_a_malformed_request_gets_an_error_or_a_class(loaded, shape, dtype, valu
     assert np.isfinite(answer['probabilities']).all()
 
 
+def test_a_server_may_leave_out_what_has_a_default(exported):
+    model = saved_model_pb2.SavedModel()
+    with open(f'{exported[0]}/saved_model.pb', 'rb') as f:
+        model.ParseFromString(f.read())
+    defaults = model.meta_graphs[0].signature_def['serving_votes'].defaults
+    assert set(defaults) == {'num_votes', 'recording'}
+
+
+def test_population_norms_are_exported_and_classified_with(exported, inference, pictures, tmp_path):
+    """The same logits as `pn` has; nothing is drawn, nothing agrees or not."""
+    folder, config = str(tmp_path / 'e'), exported[1]
+    assert program('export.py', '--model_dir', config['model_dir'], '--inference', 'pn',
+                   '--output', folder)[0] == 0
+    images = inference[1].eval_data.xs[:9]
+    answer = tf.saved_model.load(folder)(images)
+    np.testing.assert_allclose(answer['logits'], inference[0].model(
+        images.astype(np.float32), training=False), atol=1e-4)
+    assert read_json(f'{folder}/card.json')['inference'] == {'mode': 'pn'}
+    said = [program('classify.py', '--model', model, *more, 'a.png', cwd=pictures) for model, more
+            in ((folder, []), (config['model_dir'], ['--inference', 'pn']))]
+    assert said[0] == said[1] and 'recordings' not in said[0][1] and said[0][0] == 0
+    status, _, stderr = program('classify.py', '--model', folder, '--inference', 'bn_recorded',
+                                'a.png', cwd=pictures)
+    assert status == 2 and 'was exported with pn' in stderr[0]
+    status, _, stderr = program('export.py', '--model_dir', config['model_dir'], '--inference',
+                                'pn', '--format', 'weights', '--output', str(tmp_path / 'w'))
+    assert status == 2 and 'is for every inference' in stderr[0]
+
+
 @pytest.mark.slow
 def test_ten_thousand_images_are_one_request(loaded):
     assert loaded(np.zeros([10000, 32, 32, 3], np.uint8))['label'].shape == (10000,)
@@ -240,10 +270,12 @@ def test_a_card_shows_what_its_own_arithmetic_was_judged_at(exported):
     folder, config = exported
     card = read_json(f'{folder}/card.json')
     origin = {key: card[key] for key in ('checkpoint', 'step', 'checkpoint_digest', 'data')}
-    assert len(export.results_of(config, origin)) == len(card['results']) > 0
+    assert len(export.results_of(config, origin, 'bn_recorded')) == len(card['results']) > 0
     elsewhere = {**origin, 'checkpoint': '/elsewhere/checkpoint-7'}
-    assert export.results_of(config, elsewhere) == card['results']
-    assert export.results_of({**config, 'precision': 'mixed_bfloat16'}, origin) == []
+    assert export.results_of(config, elsewhere, 'bn_recorded') == card['results']
+    assert export.results_of({**config, 'precision': 'mixed_bfloat16'}, origin,
+                             'bn_recorded') == []
+    assert export.results_of(config, origin, 'pn') == []
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(exported, tmp_path, monkeypatch):
@@ -272,6 +304,11 @@ def test_onnx_runtime_gives_the_same_logits(inference, tmp_path):
     names = [output.name for output in session.get_outputs()]
     answer = dict(zip(names, session.run(None, {'images': images, 'recording': drawn})))
     np.testing.assert_allclose(answer['logits'], infer(images, 1), atol=1e-4)
+    by_pn = Inference(infer.model, 'pn')
+    export.save_onnx(by_pn, str(tmp_path / 'pn.onnx'))
+    session = runtime.InferenceSession(str(tmp_path / 'pn.onnx'))
+    logits, = session.run(['logits'], {'images': images})
+    np.testing.assert_allclose(logits, by_pn(images, 0), atol=1e-4)
 
 
 def test_onnx_without_its_converter_is_one_line(exported):
@@ -315,7 +352,7 @@ def test_released_weights_hold_no_velocities_and_evaluate(released, exported):
 
 
 def test_classify_needs_no_images_beside_released_weights(released, inference, monkeypatch):
-    monkeypatch.setattr(classify, 'load_data', lambda config: pytest.fail('loads the images'))
+    monkeypatch.setattr(export, 'load_data', lambda *_: pytest.fail('loads the images'))
     answer, num_recordings, names = classify.load_trained(load_config(f'{released}/config.json'))
     infer, data = inference
     assert (num_recordings, names) == (7, list(data.label_names))
@@ -339,9 +376,55 @@ def test_recordings_of_another_network_or_damaged_ones_are_one_line(
         export.read_recordings(inference[0].model, str(tmp_path / 'r.npy'), 7)
 
 
+def test_released_weights_are_exported_without_images_and_with_their_cards_numbers(
+        released, inference, monkeypatch, tmp_path):
+    """The recordings are those beside them, not new ones."""
+    monkeypatch.setattr(export, 'load_data', lambda *_: pytest.fail('loads the images'))
+    config = load_config(f'{released}/config.json')
+    checkpoint = find_checkpoint(config)
+    served = export.load_served(config, checkpoint, 'bn_recorded')
+    export.save(served.inference, len(served.names), str(tmp_path))
+    infer, data = inference
+    images, drawn = data.eval_data.xs[:7], np.arange(7, dtype=np.int32)
+    np.testing.assert_allclose(
+        tf.saved_model.load(str(tmp_path))(images, recording=drawn)['logits'],
+        infer.logits(images.astype(np.float32), drawn), atol=1e-4)
+    origin = {'checkpoint': checkpoint, 'step': 7, 'checkpoint_digest': '', 'data': None}
+    card = export.make_card(config, config, served, origin, 'savedmodel')
+    assert card['robust_accuracy'] == served.card['robust_accuracy'] is not None
+    by_pn = export.make_card(config, config, export.load_served(config, checkpoint, 'pn'), origin,
+                             'onnx')
+    assert by_pn['results'] == [] and by_pn['inference'] == {'mode': 'pn'}
+    assert list(by_pn['input']) == ['images', 'checks']
+
+
+def test_the_cards_of_weights_have_numbers_of_both_inferences_that_are_served():
+    folder = os.path.join(ROOT, 'weights', 'cifar10_w32_1', 'pgd_adv_only')
+    config = load_config(f'{folder}/config.json')
+    card = read_json(f'{folder}/card.json')
+    for mode in ('pn', 'bn_recorded'):
+        rows = export.rows_on(card, mode)
+        robust, = (row for row in rows if export.is_robust(row, config, mode))
+        assert robust['accuracy'] == card['accuracy'][mode]['worst in ball']['accuracy']
+    with pytest.raises(UserError, match='no accuracies'):
+        export.rows_on({'classes': []}, 'pn')
+
+
+@pytest.mark.parametrize('end, key', [('.index', 'weights_digest'),
+                                      (export.RECORDINGS, 'recordings_digest')])
+def test_weights_and_recordings_of_another_model_are_refused(released, tmp_path, end, key):
+    """Both fit the network: nothing else would tell, and the answers would be wrong."""
+    folder = str(tmp_path / 'w')
+    shutil.copytree(released, folder)
+    with open(f'{find_checkpoint({"model_dir": folder})}{end}', 'ab') as f:
+        f.write(b'1')
+    with pytest.raises(UserError, match=f'card.json has the {key} .*; expected the files'):
+        export.card_beside(f'{folder}/checkpoint-7', load_config(f'{folder}/config.json'))
+
+
 @pytest.mark.parametrize('classes', [{'airplane': 0}, 'ten names', ['one'], None])
 def test_a_card_that_names_other_classes_is_one_line(released, classes, monkeypatch):
-    monkeypatch.setattr(classify, 'read_json', lambda path: {'classes': classes})
+    monkeypatch.setattr(export, 'read_json', lambda path: {'classes': classes})
     with pytest.raises(UserError, match='card.json names no such classes; expected what export'):
         classify.load_trained(load_config(f'{released}/config.json'))
 
@@ -376,6 +459,10 @@ def pictures(inference, tmp_path_factory):
     np.save(folder / 'odd.npy', np.zeros([5, 5]))
     np.save(folder / 'empty.npy', np.zeros([1, 0, 5, 3]))
     np.save(folder / 'nan.npy', np.full([32, 32, 3], np.nan))
+    np.save(folder / 'huge.npy', np.full([32, 32, 3], 1e300))
+    many = np.lib.format.open_memmap(folder / 'many.npy', 'w+', np.uint8, (50_001, 32, 32, 3))
+    del many  # a hole on the disk
+    Image.new('1', (9000, 9000)).save(folder / 'bomb.png')
     (folder / 'text.png').write_text('no picture')
     return folder
 
@@ -409,7 +496,10 @@ def test_classify_says_how_many_recordings_agree(exported, pictures, loaded, inf
     ('none.png', 'none.png does not exist; expected a PNG, JPEG or .npy file'),
     ('odd.npy', r'odd.npy holds an array \[5, 5\]; expected \[32, 32, 3\] or'),
     ('empty.npy', r'empty.npy holds an array \[1, 0, 5, 3\]; expected \[32, 32, 3\] or'),
-    ('nan.npy', r'nan.npy holds pixels that are no finite numbers in \[0, 255\]')])
+    ('nan.npy', r'nan.npy holds pixels that are no finite numbers in \[0, 255\]'),
+    ('huge.npy', r'huge.npy holds pixels that are no finite numbers in \[0, 255\]'),
+    ('many.npy', 'many.npy makes it more than 50,000 images; expected 50,000 in one call at most'),
+    ('bomb.png', 'bomb.png is 9000 x 9000 pixels; expected 32 x 32, or --resize')])
 def test_what_is_no_image_is_one_line(pictures, monkeypatch, name, said):
     monkeypatch.chdir(pictures)
     with pytest.raises(UserError, match=said):
@@ -418,6 +508,8 @@ def test_what_is_no_image_is_one_line(pictures, monkeypatch, name, said):
 
 def test_resize_makes_any_picture_fit(pictures, monkeypatch):
     monkeypatch.chdir(pictures)
+    with pytest.raises(UserError, match='9000 x 9000 pixels; expected 67,108,864 in all at most'):
+        classify.read_images('bomb.png', resize=True)
     (name, image), = classify.read_images('large.png', resize=True)
     assert image.shape == (32, 32, 3) and 0 <= image.min() <= image.max() <= 255
     (_, original), = classify.read_images('a.png', resize=False)
