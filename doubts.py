@@ -21,6 +21,8 @@ LEVEL = 0.05  # of the one-sided test by which one attack leaves less than anoth
 FLAGS = {
     'transferred': 'made under other norms than those that judge',
     'random answer': 'another draw gives other logits',
+    'shared norms': 'all images of the batch were attacked at once; one that the whole batch is '
+                    'spent on is not known to survive (reproduce.py neighbours)',
     'zero gradients': 'the gradient vanishes on some images',
     'masked gradients': 'square leaves less than an attack by gradients',
     'more steps': 'twice the steps leave less',
@@ -66,6 +68,11 @@ class Probe:
         logits = [self.inference(self.images, query).numpy() for query in (0, 1)]
         return float(np.mean(np.any(logits[0] != logits[1], axis=1)))
 
+    @property
+    def shared_norms(self):
+        """Whether the norms are those of a batch of test samples and nothing else."""
+        return self.inference.coupled and not getattr(self.inference, 'ratio', 0)
+
     @functools.cached_property
     def zero_gradients(self):
         """The share of the images where the margin's gradient is zero, under a known draw."""
@@ -110,6 +117,8 @@ def flags_of(result, probe, right):
     name, mode = result['attack'], result['inference']
     seen = {'transferred': is_transferred(name, result, mode),
             'random answer': probe.random_answers > 0}
+    if is_direct(name, result, mode):
+        seen['shared norms'] = probe.shared_norms
     if name in BY_GRADIENTS and is_direct(name, result, mode):
         seen['zero gradients'] = probe.zero_gradients > 0
         if 'square' in right:

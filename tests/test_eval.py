@@ -106,6 +106,8 @@ def test_results_hold_every_cell_and_the_stated_fields(
                 mode != 'pn' or attack == 'shaping')
             assert ('transferred' in cells[attack, mode]['flags']) == expected
         assert ('random answer' in cells['clean', mode]['flags']) == (mode in FORMS)
+        assert ('shared norms' in cells['adaptive', mode]['flags']) == (mode == 'bn')
+        assert cells['adaptive', mode]['unreliable'] or mode != 'bn'
     # What an example costs: image gradients, or queries
     assert cells['pgd', 'bn']['gradients'] == 2 and cells['square', 'bn']['queries'] == 5
     assert cells['adaptive_pgd', 'bn_shaping']['gradients'] == 8
@@ -167,7 +169,7 @@ def judged(monkeypatch, data, small_config):
         monkeypatch.setattr(eval, 'make_attack', make_attack)
         monkeypatch.setattr(eval, 'make_inference', make_inference)
         monkeypatch.setattr(doubts, 'Probe', lambda *args: SimpleNamespace(
-            random_answers=0., zero_gradients=0.))
+            shared_norms=False, random_answers=0., zero_gradients=0.))
         data.eval_data.xs[:] = 100
         data.eval_data.xs[:, 0, 0, 1:] = np.stack([np.zeros(60), np.arange(60)], 1)
         results = evaluate(None, data, config, names, ['pn', 'bn_shaping'], num_draws)
@@ -251,8 +253,8 @@ def test_masked_gradients_are_flagged(data, small_config):
     row = {'attack': 'adaptive_pgd', 'inference': 'pn', 'norms': 'pn'}
     probe = doubts.Probe(masked, images, labels)
     assert doubts.flags_of(row, probe, right) == {
-        'transferred': False, 'random answer': False, 'zero gradients': True,
-        'masked gradients': True}
+        'transferred': False, 'random answer': False, 'shared norms': False,
+        'zero gradients': True, 'masked gradients': True}
     assert probe.random_answers == 0
 
 
