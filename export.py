@@ -465,6 +465,8 @@ def make_card(config, trained, served, origin, form):
             'words': 'robust accuracy is at most what the strongest attack that was tried leaves; '
                      'nothing here is a certificate'},
         'clean_accuracy': clean, 'robust_accuracy': robust, 'results': rows,
+        'results_from': served.card.get('made_by', 'the card beside the weights')
+                        if served.card else 'eval.py',
         'precision': config['precision'], 'training': of_training(trained),
         'provenance': provenance()}
 

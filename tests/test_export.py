@@ -392,6 +392,7 @@ def test_released_weights_are_exported_without_images_and_with_their_cards_numbe
     origin = {'checkpoint': checkpoint, 'step': 7, 'checkpoint_digest': '', 'data': None}
     card = export.make_card(config, config, served, origin, 'savedmodel')
     assert card['robust_accuracy'] == served.card['robust_accuracy'] is not None
+    assert served.card['results_from'] == 'eval.py' != card['results_from']
     by_pn = export.make_card(config, config, export.load_served(config, checkpoint, 'pn'), origin,
                              'onnx')
     assert by_pn['results'] == [] and by_pn['inference'] == {'mode': 'pn'}
