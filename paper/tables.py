@@ -241,14 +241,18 @@ def transfer_rows(config, evaluations):
         ours, others = (evaluations[name_of(training._replace(seed=seed), config)]
                         for seed in SEEDS)
         for inference in TRANSFER_INFERENCES:
-            direct = ours.attack('adaptive', (inference,))
-            transfer = ours.attack('transfer', (inference,), source=others)
+            direct = ours.if_kept(ours.attack, 'adaptive', (inference,))
+            transfer = ours.if_kept(ours.attack, 'transfer', (inference,), source=others)
+            if direct is None or transfer is None:  # not stored
+                continue
             both = [right_of(of, inference) for of in (transfer, direct)]
             rows.append([f'`{ours.name}`', f'`{inference}`',
                          *(formats.accuracy(result_of(of, inference), n)
                            for of in (direct, transfer)),
                          # num_attack_examples may name one of them
                          formats.difference(*paired_difference(*first_of_all(*both)))])
+    if not rows:
+        raise UserError('nothing is stored of `transfer` from the model of another seed')
     return rows
 
 

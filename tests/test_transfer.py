@@ -1,6 +1,8 @@
 """The attack `transfer`: another model's examples, told apart by its weights, not by its path."""
+import collections
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tensorflow as tf
@@ -8,6 +10,7 @@ import tensorflow as tf
 from attacks import ATTACKS, make_attack, other_weights
 from eval import attacks_of, kept_files
 from model import Model
+from paper import tables
 from paper.cells import Evaluations, StoredEvaluations
 from running import UserError
 from running.unfinished import checkpoint_digest, data_digest
@@ -111,3 +114,10 @@ def test_all_attacks_are_all_but_transfer_where_there_is_no_other_model(
     assert capsys.readouterr().out == 'transfer is left out: transfer_from names no other model\n'
     assert attacks_of('all', small_config(**transfer_from)) == list(ATTACKS)
     assert attacks_of('clean,transfer', small_config()) == ['clean', 'transfer']  # then refused
+
+
+def test_of_a_table_of_which_nothing_is_stored_one_is_told(small_config):
+    """Where some is stored, as in results/cifar10_w32_1_float32, it has those rows."""
+    nothing = SimpleNamespace(name='', attack=None, if_kept=lambda *_, **__: None)
+    with pytest.raises(UserError, match='nothing is stored of `transfer` from the model of'):
+        tables.transfer_rows(small_config(), collections.defaultdict(lambda: nothing))
