@@ -35,7 +35,7 @@ if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes t
 import running.quiet  # noqa: F401
 import tensorflow as tf
 
-from export import CARD, Classifier, load_served, names_on, number_of_recordings
+from export import CARD, Classifier, load_served, names_on
 from model import find_checkpoint
 from running.devices import leave_gpus
 
@@ -94,20 +94,14 @@ def read_images(path, resize, most=MAX_IMAGES):
                             '[n, 32, 32, 3]')
         if array.dtype.kind not in 'uif':
             raise UserError(f'{path} holds values of type {array.dtype}; expected numbers')
-        check_number(path, 1 if array.ndim == 3 else len(array), most)
-        names = [path] if array.ndim == 3 else [f'{path}[{i}]' for i in range(len(array))]
+        names = [path] if array.ndim == 3 else (f'{path}[{i}]' for i in range(len(array)))
         images = [array] if array.ndim == 3 else array
     else:
-        check_number(path, 1, most)
         names, images = [path], [read_picture(path, resize)]
-    return [(name, checked(name, image, resize)) for name, image in zip(names, images)]
-
-
-def check_number(path, number, most):
-    """Raises UserError where a file holds more images than may still be taken."""
-    if number > most:
+    if len(images) > most:
         raise UserError(f'{path} makes it more than {MAX_IMAGES:,} images; expected {MAX_IMAGES:,} '
                         'in one call at most')
+    return [(name, checked(name, image, resize)) for name, image in zip(names, images)]
 
 
 def read_picture(path, resize):
@@ -191,8 +185,8 @@ def load_trained(config, inference='bn_recorded', download=False):
     """
     leave_gpus(config)
     served = load_served(config, find_checkpoint(config, option='--model'), inference, download)
-    return (Classifier(served.inference, len(served.names)).__call__,
-            number_of_recordings(served.inference), served.names)
+    classifier = Classifier(served.inference, len(served.names))
+    return classifier.__call__, classifier.num_recordings, served.names
 
 
 if __name__ == '__main__':

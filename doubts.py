@@ -115,11 +115,12 @@ def flags_of(result, probe, right):
         right: {attack: bool [draws, n]} under this mode, of all attacks that were run.
     """
     name, mode = result['attack'], result['inference']
+    direct = is_direct(name, result, mode)
     seen = {'transferred': is_transferred(name, result, mode),
             'random answer': probe.random_answers > 0}
-    if is_direct(name, result, mode):
+    if direct:
         seen['shared norms'] = probe.shared_norms
-    if name in BY_GRADIENTS and is_direct(name, result, mode):
+    if direct and name in BY_GRADIENTS:
         seen['zero gradients'] = probe.zero_gradients > 0
         if 'square' in right:
             n = min(right['square'].shape[1], right[name].shape[1])

@@ -54,7 +54,7 @@ import numpy as np
 import tensorflow as tf
 
 from attacks import DIRECT
-from cifar10_input import load_data
+from cifar10_input import CIFAR10Data, load_data
 from doubts import INDIRECT
 from model import build_model, find_checkpoint, network_name
 from running import UserError, brief, optional
@@ -101,7 +101,7 @@ def main():
 
     # Write the model and its card, beside the folder, then in its place
     origin = {'checkpoint': checkpoint, 'step': served.step, 'checkpoint_digest': digest[:16],
-              'data': served.data}
+              'data': data_digest(served.data)[:16] if served.data else None}
     card = make_card(config, trained, served, origin, form)
     temporary, former = folder + TEMPORARY, folder + FORMER
     shutil.rmtree(temporary, ignore_errors=True)
@@ -168,10 +168,10 @@ def check_output(folder, checkpoint):
 class Served(NamedTuple):
     """A checkpoint as it is served."""
     inference: Inference
-    names: list         # of the classes
+    names: list  # of the classes
     step: int
-    data: str | None    # the digest of the data set; None: it was not needed
-    card: dict          # the one beside released weights, else {}
+    data: CIFAR10Data | None  # None: it was not needed
+    card: dict   # the one beside released weights, else {}
 
 
 def load_served(config, checkpoint, mode, download=False):
@@ -205,7 +205,7 @@ def load_served(config, checkpoint, mode, download=False):
         print(f'{checkpoint}: recording {config["num_recordings"]} times '
               f'{config["recorded_samples"]} training images', file=sys.stderr, flush=True)
         inference = RecordedInference.from_config(model, data, config)
-    return Served(inference, names, step, data_digest(data)[:16] if data else None, card)
+    return Served(inference, names, step, data, card)
 
 
 class Classifier(tf.Module):
@@ -221,7 +221,7 @@ class Classifier(tf.Module):
     def __init__(self, inference, num_classes):
         super().__init__()
         self.num_classes = num_classes
-        self.num_recordings = number_of_recordings(inference)
+        self.num_recordings = 1 if inference.mode == 'pn' else inference.num_recordings
         self.logits = inference.logits
         once, unknown = tf.constant(1), tf.zeros([0], tf.int32)
 
@@ -289,11 +289,6 @@ class Classifier(tf.Module):
         return tf.ensure_shape(parts.concat()[:b], shape)
 
 
-def number_of_recordings(inference):
-    """Returns how many recordings an inference chooses from; of pn 1, its population norms."""
-    return 1 if inference.mode == 'pn' else inference.num_recordings
-
-
 def save(inference, num_classes, folder):
     """Writes a SavedModel of bn_recorded or pn; see this file's top, and docs/export.md."""
     classifier = Classifier(inference, num_classes)
@@ -301,9 +296,9 @@ def save(inference, num_classes, folder):
              tf.TensorSpec([None], tf.int32, 'recording'))
     float_images, byte_images = (tf.TensorSpec([None, 32, 32, 3], dtype, 'images')
                                  for dtype in (tf.float32, tf.uint8))
-    in_full = classifier.__call__.get_concrete_function(float_images, *votes)
+    of_floats = classifier.__call__.get_concrete_function(float_images, *votes)
     classifier.__call__.get_concrete_function(byte_images, *votes)
-    classifier.weights = list(in_full.variables)  # stored are those of an attribute
+    classifier.weights = list(of_floats.variables)  # stored are those of an attribute
     once, unknown = tf.constant(1), tf.zeros([0], tf.int32)
     classifier.in_full = tf.function(  # of a concrete function, no defaults would be stored
         lambda images, num_votes=once, recording=unknown:
@@ -327,7 +322,10 @@ def save_onnx(inference, path):
     pn there is no such input.
     """
     constant = copy.copy(inference)
-    if inference.mode != 'pn':  # tf2onnx would make inputs of tensors
+    inputs = [tf.TensorSpec([None, 32, 32, 3], tf.float32, 'images')]
+    if inference.mode != 'pn':
+        inputs.append(tf.TensorSpec([None], tf.int32, 'recording'))
+        # tf2onnx would make inputs of tensors
         constant.recordings = {name: [values.numpy() for values in pair]
                                for name, pair in inference.recordings.items()}
 
@@ -336,11 +334,8 @@ def save_onnx(inference, path):
         return {'logits': logits, 'probabilities': tf.nn.softmax(logits),
                 'label': tf.argmax(logits, 1, tf.int32)}
 
-    find_converter().convert.from_function(
-        tf.function(classify), [tf.TensorSpec([None, 32, 32, 3], tf.float32, 'images'),
-                                tf.TensorSpec([None], tf.int32, 'recording')][
-                                    :1 if inference.mode == 'pn' else 2],
-        opset=17, output_path=path)
+    find_converter().convert.from_function(tf.function(classify), inputs, opset=17,
+                                           output_path=path)
 
 
 # ---- weights

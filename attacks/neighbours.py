@@ -51,7 +51,7 @@ class NeighboursAttack(APGDAttack):
         """
         x_nat, draw, found = x_nat.astype(np.float32), self.inference.known(query), []
         place = np.arange(len(x_nat)) % self.queries
-        owned = (place > 0) & (place <= num_helpers) | (place == 0) & owns_victim
+        owned = (place <= num_helpers) & ((place > 0) | owns_victim)
         for part in self.inference.parts(len(x_nat), MAX_GRADIENT_IMAGES):
             some = slice(part.start, part.end)
             drawn = self.inference.drawn(part, draw)[None]

@@ -33,10 +33,13 @@ def shared_forms(config):
     `bn`, whose batch is these queries and nothing else, is bn_shaping at 0:1.
     """
     n = config['inference_shaping_ratio']
-    return {f'`bn`, {QUERIES} queries': {'inference_shaping_ratio': 0,
-                                         'shaping_batch_size': QUERIES},
-            f'`bn_shaping`, {n}:1, batches of {QUERIES * (n + 1)}': {
-                'shaping_batch_size': QUERIES * (n + 1)}}
+    return bn_form(QUERIES) | {f'`bn_shaping`, {n}:1, batches of {QUERIES * (n + 1)}': {
+        'shaping_batch_size': QUERIES * (n + 1)}}
+
+
+def bn_form(size):
+    """Returns {name: settings} of `bn` in batches of so many queries."""
+    return {f'`bn`, {size} queries': {'inference_shaping_ratio': 0, 'shaping_batch_size': size}}
 
 
 def separate_forms(config):
@@ -109,41 +112,33 @@ def owners(model, data, config, kept=None):
     Args, returns: as `neighbours`; 0 helpers, epsilon above 0: the victim's own pixels alone.
     """
     images, labels = eval_examples(data, config)
-    forms = [(name, QUERIES, settings) for name, settings in shared_forms(config).items()]
-    size = config['eval_batch_size']
-    if size != QUERIES:
-        forms.append((f'`bn`, {size} queries', size, {'inference_shaping_ratio': 0,
-                                                      'shaping_batch_size': size}))
-    attacks = {}
-    for name, queries, settings in forms:
+    seed, epsilon, size = (config[key] for key in ('np_random_seed', 'epsilon', 'eval_batch_size'))
+    as_in_eval, attacks = bn_form(size), {}
+    for name, settings in (shared_forms(config) | as_in_eval).items():
         inference = make_inference(model, 'bn_shaping', data, {**config, **settings})
-        attacks[name] = NeighboursAttack(inference, config['epsilon'], config['apgd_num_steps'],
-                                         queries, loss_funcs_for(data.num_classes))
+        attacks[name] = NeighboursAttack(
+            inference, epsilon, config['apgd_num_steps'], size if name in as_in_eval else QUERIES,
+            loss_funcs_for(data.num_classes))
     n = min(NUM_VICTIMS, len(images))
-    right = {(name, *which): np.zeros(n, bool) for name, queries, _ in forms
-             for which in ((0, 0.), (0, config['epsilon']), (queries - 1, config['epsilon']))}
-    for victim, _ in batches(kept, [*right.values()], n, 1, 'owners'):
-        for name, queries, _ in forms:
-            attack, made = attacks[name], []
-            x_nat = images[(victim + np.arange(queries)) % len(images)].astype(np.float32)
-            y = np.repeat(labels[victim], queries)
-            right[name, 0, 0.][victim] = answers(attack.inference, x_nat, victim) == y[0]
-            for helpers in (0, queries - 1):
-                made.append(attack.move_norms(x_nat, y, config['np_random_seed'], victim, helpers,
-                                              made, owns_victim=True))
-                right[name, helpers, config['epsilon']][victim] = (
-                    answers(attack.inference, made[-1], victim) == y[0])
+    right = {(name, *which): np.zeros(n, bool) for name, attack in attacks.items()
+             for which in ((0, 0.), (0, epsilon), (attack.queries - 1, epsilon))}
+    for victim, end in batches(kept, [*right.values()], n, 1, 'owners'):
+        for name, attack in attacks.items():
+            x_nat = images[(victim + np.arange(attack.queries)) % len(images)].astype(np.float32)
+            y = np.repeat(labels[victim], attack.queries)
+            alone = attack.move_norms(x_nat, y, seed, victim, 0, owns_victim=True)
+            together = attack.move_norms(x_nat, y, seed, victim, attack.queries - 1, [alone],
+                                         owns_victim=True)
+            of_form = [values for (form, *_), values in right.items() if form == name]
+            for values, x in zip(of_form, (x_nat, alone, together)):
+                logits = of_victims(attack.inference, x, victim, attack.queries)
+                values[victim:end] = np.argmax(logits, 1) == labels[victim:end]
     return right
 
 
-def answers(inference, x, query):
-    """Returns the class that a batch's first query is answered with."""
-    return np.argmax(inference(x, query).numpy()[0])
-
-
-def of_victims(inference, x, query):
-    """Returns the logits of the first of every QUERIES images, [b / QUERIES, classes]."""
-    return inference(x, query).numpy()[::QUERIES]
+def of_victims(inference, x, query, queries=QUERIES):
+    """Returns the logits of the first of every `queries` images, [b / queries, classes]."""
+    return inference(x, query).numpy()[::queries]
 
 
 def attacked(attacks, x_nat, y, seed, query):
@@ -181,27 +176,30 @@ def neighbour_rows(config, evaluations):
     rows = []
     for training in (DEFAULT, SHAPED):
         name = name_of(training, config)
-        for measure, more in ((neighbours, {'num_helpers': NUM_HELPERS}),
-                              (owners, {'eval_batch_size': config['eval_batch_size']})):
-            of_training = evaluations[name]
+        of_training = evaluations[name]
+        for measure, more, own in (
+                (neighbours, {'num_helpers': NUM_HELPERS}, ''),
+                (owners, {'eval_batch_size': config['eval_batch_size']}, ', own')):
             kept = of_training.if_kept(of_training.experiment, measure, identity | more, kept_rows)
-            if kept is None:
-                continue
-            before = {inference: from_digits(right) for inference, _, epsilon, right in kept['rows']
-                      if not epsilon}
-            for inference, helpers, epsilon, right in kept['rows']:
-                if epsilon:
-                    pixels = 'any' if epsilon == ANY_IMAGE else f'within {epsilon:g}'
-                    rows.append([f'`{name}`', inference,
-                                 f'{helpers}, own' if measure is owners else helpers, pixels,
-                                 *turned(before[inference], from_digits(right))])
-            if measure is neighbours:
-                for inference in separate_forms(config):
-                    rows.append([f'`{name}`', inference, f'1 to {max(NUM_HELPERS)}', 'any',
-                                 *turned(before[inference], before[inference])])
+            if kept:
+                rows += [[f'`{name}`', *row] for row in _rows_of(kept['rows'], own, config)]
     if not rows:
         raise UserError('nothing is stored of victims whose batch an attacker shares')
     return rows
+
+
+def _rows_of(kept, own, config):
+    """Yields the rows of one measurement; `own` stands behind the number of helpers."""
+    before = {inference: from_digits(right) for inference, _, epsilon, right in kept if not epsilon}
+    for inference, helpers, epsilon, right in kept:
+        if epsilon:
+            pixels = 'any' if epsilon == ANY_IMAGE else f'within {epsilon:g}'
+            yield [inference, f'{helpers}{own}', pixels,
+                   *turned(before[inference], from_digits(right))]
+    for inference in separate_forms(config):
+        if inference in before:  # where the pixels are the victim's own, others were not measured
+            yield [inference, f'1 to {max(NUM_HELPERS)}', 'any',
+                   *turned(before[inference], before[inference])]
 
 
 def turned(before, after):

@@ -10,7 +10,6 @@ its weights can be held together without the data set; tests/test_cards.py does.
 import glob
 import json
 import os
-import re
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -28,9 +27,9 @@ from paper import headline  # noqa: E402
 from paper.cells import (StoredEvaluations, attacks_on, result_of,  # noqa: E402
                          worst_cases_of)
 from paper.published import MODES  # noqa: E402
+from paper.tables import TABLES  # noqa: E402
 from paper.trainings import config_of, name_of  # noqa: E402
 from running.unfinished import checkpoint_digest  # noqa: E402
-from running.untrusted import read_json  # noqa: E402
 
 FIXTURE = 'tests/data/golden_slim.npz'
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
@@ -73,13 +72,12 @@ def accuracies(group, name):
         return {}
     config = load_config(os.path.join(folder, 'config.json'))
     digest = checkpoint_digest(find_checkpoint(config, os.path.join(ROOT, 'weights', group, name)))
-    for training in headline.SHOWN:
-        if name_of(training, config) == name:
-            break
-    else:
-        return of_cells(os.path.join(folder, 'cells'), name, digest)
+    trainings = {name_of(training, config): training for table in TABLES.values()
+                 for training in table.trainings}
+    if name not in trainings:
+        return {}
+    training, found = trainings[name], {}
     stored = StoredEvaluations(name, config_of(training, config), os.path.join(folder, 'cells'))
-    found = {}
     if training.mode in MODES and not training.seed and stored.has('clean'):
         found = of_tables(attacks_on(training, config, {name: stored}), config, digest)
     for inference, ours in (of_headline(stored, digest) if stored.has() else {}).items():
@@ -87,19 +85,15 @@ def accuracies(group, name):
         if ('adaptive' not in worst.get('attacks', ())
                 or ours[WORST_IN_BALL]['num_examples'] > worst['num_examples']):
             found[inference] = ours
-    return found or of_cells(os.path.join(folder, 'cells'), name, digest)
+    return found or of_cells(stored, digest)
 
 
-def of_cells(folder, name, digest):
+def of_cells(stored, digest):
     found = {}
-    for attack in ('clean', 'adaptive_pgd'):
-        for path in sorted(glob.glob(os.path.join(folder, f'{name}-{attack}-*.json'))):
-            kept = read_json(path)
-            if (re.fullmatch(f'{name}-{attack}-[0-9a-f]{{12}}.json', os.path.basename(path))
-                    and kept['identity'][2] == digest):
-                for result in kept['results']:
-                    found.setdefault(result['inference'], {})[attack] = {
-                        key: result[key] for key in KEPT}
+    for attack in ('clean', 'adaptive_pgd') if stored.digests[:1] == [digest] else ():
+        kept = stored.if_kept(stored.attack, attack, stored.judges_of(attack))
+        for result in kept['results'] if kept else ():
+            found.setdefault(result['inference'], {})[attack] = {key: result[key] for key in KEPT}
     return found
 
 
