@@ -88,7 +88,8 @@ class APGDAttack:
     Args:
         logits: f(x [b, 32, 32, 3], drawn) -> logits [b, classes].
         loss_funcs: keys of LOSSES, any of which `perturb` may be asked for.
-        epsilon: radius of the ball in pixels. num_steps: steps, one gradient more.
+        epsilon: radius of the ball in pixels; `balls` may give each sample another.
+        num_steps: steps, one gradient more.
         any_size: one graph for batches of all sizes, which logits must allow.
         num_kept: how many iterates are kept.
 
@@ -163,11 +164,15 @@ class APGDAttack:
         n = tf.cast(len(drawn), tf.float32)
         return loss / n, share / n, gradient / n
 
-    def initialize(self, x_nat, seed):
+    def balls(self, y):
+        """Returns the radius of each sample's ball in pixels, [b]."""
+        return tf.fill(tf.shape(y), tf.constant(self.epsilon, tf.float32))
+
+    def initialize(self, x_nat, seed, epsilon):
         """Returns where the attack starts: noise that reaches the ball's surface."""
         noise = tf.cast(random_bits(x_nat, seed), tf.float32)
         noise /= tf.reduce_max(tf.abs(noise), axis=[1, 2, 3], keepdims=True)
-        return project(x_nat + self.epsilon * noise, x_nat, self.epsilon)
+        return project(x_nat + epsilon * noise, x_nat, epsilon)
 
     def _perturb(self, x_nat, y, seed, drawn, start, active, loss_func, rank):
         is_check, since_last = tf.constant(self.is_check), tf.constant(self.since_last)
@@ -175,21 +180,22 @@ class APGDAttack:
         target = tf.cond(tf.gather(is_targeted, loss_func),
                          lambda: tf.cast(self.target_class(start, y, drawn[0], rank), tf.int64),
                          lambda: y)
-        x = x_before = masked(self.initialize(x_nat, seed), start, active)
+        radii = self.balls(y)
+        epsilon = per_sample(radii)
+        x = x_before = masked(self.initialize(x_nat, seed, epsilon), start, active)
         loss, share, gradient = self.evaluate(x, y, target, drawn[0], loss_func)
         kept = tf.repeat(x[None], self.num_kept, axis=0)
         kept_share, kept_loss = (tf.repeat(v[None], self.num_kept, axis=0) for v in (share, loss))
         x_best, loss_best, gradient_best = x, loss, gradient
-        step_size = tf.fill(tf.shape(y), tf.constant(2. * self.epsilon))
+        step_size = 2 * radii
         increases = tf.zeros_like(loss)  # since the last check
         loss_at_check, halved_at_check = loss, tf.ones_like(y, tf.bool)
 
         for step in tf.range(1, self.num_steps + 1):
             # The step, with momentum
             alpha = tf.where(step > 1, MOMENTUM, 1.)
-            z = project(x + per_sample(step_size) * tf.sign(gradient), x_nat, self.epsilon)
-            x_next = project(x + alpha * (z - x) + (1 - alpha) * (x - x_before), x_nat,
-                             self.epsilon)
+            z = project(x + per_sample(step_size) * tf.sign(gradient), x_nat, epsilon)
+            x_next = project(x + alpha * (z - x) + (1 - alpha) * (x - x_before), x_nat, epsilon)
             x_before, x, loss_before = x, masked(x_next, start, active), loss
             loss, share, gradient = self.evaluate(x, y, target, drawn[step % len(drawn)],
                                                   loss_func)

@@ -25,16 +25,22 @@ class NeighboursAttack(APGDAttack):
         epsilon: of the helpers' balls in pixels; ANY_IMAGE: no other bound than [0, 255].
         num_steps: steps, one gradient more.
         loss_funcs: keys of LOSSES, each of which has a run.
+        own_epsilon: above 0, the victim's own pixels are the attacker's, too, within this ball.
     """
 
-    def __init__(self, inference, epsilon, num_steps, queries=QUERIES, loss_funcs=('xent',)):
+    def __init__(self, inference, epsilon, num_steps, queries=QUERIES, loss_funcs=('xent',),
+                 own_epsilon=0.):
         def logits_of_victims(x, drawn):
             return tf.repeat(inference.logits(x, drawn)[::queries], queries, axis=0)
 
         super().__init__(logits_of_victims, [*loss_funcs], epsilon, num_steps)
-        self.inference, self.queries = inference, queries
+        self.inference, self.queries, self.own_epsilon = inference, queries, own_epsilon
 
-    def move_norms(self, x_nat, y, seed, query, num_helpers, weaker=(), owns_victim=False):
+    def balls(self, y):
+        is_victim = tf.range(len(y)) % self.queries == 0
+        return tf.where(is_victim, self.own_epsilon, super().balls(y))
+
+    def move_norms(self, x_nat, y, seed, query, num_helpers, weaker=()):
         """Returns batches with the strongest helpers that were found, float32 [b, 32, 32, 3].
 
         The attacker is the strongest there is: it has the weights, the victims' images and labels,
@@ -47,11 +53,10 @@ class NeighboursAttack(APGDAttack):
             seed: an int. query: the number under which the inference will answer x_nat.
             num_helpers: the queries 1 to num_helpers of each batch are the attacker's.
             weaker: results of attackers who may do less, one of which is kept where it is stronger.
-            owns_victim: the victim's own pixels are the attacker's, too, within epsilon.
         """
         x_nat, draw, found = x_nat.astype(np.float32), self.inference.known(query), []
         place = np.arange(len(x_nat)) % self.queries
-        owned = (place <= num_helpers) & ((place > 0) | owns_victim)
+        owned = (place <= num_helpers) & ((place > 0) | (self.own_epsilon > 0))
         for part in self.inference.parts(len(x_nat), MAX_GRADIENT_IMAGES):
             some = slice(part.start, part.end)
             drawn = self.inference.drawn(part, draw)[None]

@@ -20,8 +20,8 @@ AT_ONCE = 10             # victims
 HEADER = ['training', 'inference', 'helpers', 'their pixels', 'before', 'after', 'victims turned']
 NOTE = ('A victim is turned where it was answered rightly before. Under `bn_recorded`, and where '
         'each query has a batch of its own, the helpers are those of all rows above: not one bit '
-        "of a victim's logits changed. Own: the victim's own pixels are the attacker's, too, and "
-        'all of the batch is spent on this one image.')
+        "of a victim's logits changed. Own: the victim's own pixels are the attacker's, too, "
+        'within `epsilon`, and all of the batch is spent on this one image.')
 
 
 # ---- what is measured
@@ -103,11 +103,12 @@ def owners(model, data, config, kept=None):
     """Returns which victims are answered rightly where the attacker owns their pixels, too.
 
     First the victim's alone, then those of all other queries in its batch, too: the owner of a
-    whole batch who spends it on one image. All stay within epsilon. Unlike `neighbours`, it runs on
-    each loss that `adaptive` has, and under `bn` also in a batch as large as those of eval.py.
+    whole batch who spends it on one image. All stay within epsilon; at last, the others may be any
+    images, as nobody asks what else is in the batch. Unlike `neighbours`, it runs on each loss that
+    `adaptive` has, and under `bn` also in a batch as large as those of eval.py.
 
-    Cost: twice as many runs as there are losses, each of apgd_num_steps + 1 gradients of a batch,
-    until the victim is turned.
+    Cost: three times as many runs as there are losses, each of apgd_num_steps + 1 gradients of a
+    batch, until the victim is turned.
 
     Args, returns: as `neighbours`; 0 helpers, epsilon above 0: the victim's own pixels alone.
     """
@@ -116,24 +117,32 @@ def owners(model, data, config, kept=None):
     as_in_eval, attacks = bn_form(size), {}
     for name, settings in (shared_forms(config) | as_in_eval).items():
         inference = make_inference(model, 'bn_shaping', data, {**config, **settings})
-        attacks[name] = NeighboursAttack(
-            inference, epsilon, config['apgd_num_steps'], size if name in as_in_eval else QUERIES,
-            loss_funcs_for(data.num_classes))
+        settings = (config['apgd_num_steps'], size if name in as_in_eval else QUERIES,
+                    loss_funcs_for(data.num_classes), epsilon)
+        attacks[name] = {bound: NeighboursAttack(inference, bound, *settings)
+                         for bound in (epsilon, ANY_IMAGE)}
     n = min(NUM_VICTIMS, len(images))
-    right = {(name, *which): np.zeros(n, bool) for name, attack in attacks.items()
-             for which in ((0, 0.), (0, epsilon), (attack.queries - 1, epsilon))}
+    right = {(name, helpers, bound): np.zeros(n, bool) for name, of_form in attacks.items()
+             for helpers, bound in owned_by(of_form[epsilon].queries, epsilon)}
     for victim, end in batches(kept, [*right.values()], n, 1, 'owners'):
-        for name, attack in attacks.items():
-            x_nat = images[(victim + np.arange(attack.queries)) % len(images)].astype(np.float32)
-            y = np.repeat(labels[victim], attack.queries)
-            alone = attack.move_norms(x_nat, y, seed, victim, 0, owns_victim=True)
-            together = attack.move_norms(x_nat, y, seed, victim, attack.queries - 1, [alone],
-                                         owns_victim=True)
-            of_form = [values for (form, *_), values in right.items() if form == name]
-            for values, x in zip(of_form, (x_nat, alone, together)):
-                logits = of_victims(attack.inference, x, victim, attack.queries)
-                values[victim:end] = np.argmax(logits, 1) == labels[victim:end]
+        for name, of_form in attacks.items():
+            inference, queries = of_form[epsilon].inference, of_form[epsilon].queries
+            x_nat = images[(victim + np.arange(queries)) % len(images)].astype(np.float32)
+            y, made = np.repeat(labels[victim], queries), []
+            for helpers, bound in owned_by(queries, epsilon):
+                made.append(of_form[bound].move_norms(x_nat, y, seed, victim, helpers, made)
+                            if bound else x_nat)
+                logits = of_victims(inference, made[-1], victim, queries)
+                right[name, helpers, bound][victim:end] = np.argmax(logits, 1) == labels[victim:end]
     return right
+
+
+def owned_by(queries, epsilon):
+    """Returns (helpers, epsilon of their pixels) of each attacker in `owners`, the weakest first.
+
+    The first owns nothing, the second the victim's own pixels alone.
+    """
+    return (0, 0.), (0, epsilon), (queries - 1, epsilon), (queries - 1, ANY_IMAGE)
 
 
 def of_victims(inference, x, query, queries=QUERIES):
@@ -179,7 +188,8 @@ def neighbour_rows(config, evaluations):
         of_training = evaluations[name]
         for measure, more, own in (
                 (neighbours, {'num_helpers': NUM_HELPERS}, ''),
-                (owners, {'eval_batch_size': config['eval_batch_size']}, ', own')):
+                (owners, {'eval_batch_size': config['eval_batch_size'],
+                          'owned_by': owned_by(QUERIES, config['epsilon'])}, ', own')):
             kept = of_training.if_kept(of_training.experiment, measure, identity | more, kept_rows)
             if kept:
                 rows += [[f'`{name}`', *row] for row in _rows_of(kept['rows'], own, config)]

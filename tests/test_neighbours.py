@@ -38,16 +38,19 @@ def test_helpers_alone_move_and_the_victims_loss_rises(
     assert (losses(x) > losses(x_nat)).all()
 
 
-@pytest.mark.parametrize('helpers', [0, 5])
-def test_who_owns_the_victim_too_moves_it_within_its_ball(small_model, small_config, data, helpers):
+@pytest.mark.parametrize('helpers, epsilon', [(0, 8.), (5, 8.), (5, ANY_IMAGE)])
+def test_who_owns_the_victim_too_moves_it_within_its_ball(
+        small_model, small_config, data, helpers, epsilon):
     config = small_config(inference_shaping_ratio=0, shaping_batch_size=6)
     shared = make_inference(small_model, 'bn_shaping', data, config)
     x_nat = data.eval_data.xs[:6].astype(np.float32)
     y = np.repeat(np.argmax(shared(x_nat, 3), 1)[:1], 6)  # answered rightly
-    x = NeighboursAttack(shared, 8., 3, 6, ['xent', 'dlr', 'targeted_dlr']).move_norms(
-        x_nat, y, 0, 3, helpers, owns_victim=True)
-    assert (x != x_nat).any((1, 2, 3)).tolist() == [i <= helpers for i in range(6)]
-    assert np.abs(x - x_nat).max() <= 8
+    x = NeighboursAttack(shared, epsilon, 3, 6, ['xent', 'dlr', 'targeted_dlr'], 8.).move_norms(
+        x_nat, y, 0, 3, helpers)
+    moved = np.abs(x - x_nat).max((1, 2, 3))
+    assert (moved > 0).tolist() == [i <= helpers for i in range(6)]
+    assert moved[0] == 8 and x.min() >= 0 and x.max() <= 255
+    assert (moved[1:] > 100).all() if epsilon == ANY_IMAGE else (moved <= 8).all()
     assert xent_loss(shared(x, 3), y).numpy()[0] > xent_loss(shared(x_nat, 3), y).numpy()[0]
 
 
@@ -138,13 +141,15 @@ def test_the_owner_of_a_batch_turns_whom_the_owner_of_an_image_turns(small_model
     forms = {name for name, *_ in right}
     assert len(forms) == 3 and {len(values) for values in right.values()} == {4}
     for form in forms:
-        (_, alone), (helpers, all_of_it) = sorted(
-            (helpers, values) for (name, helpers, epsilon), values in right.items()
-            if name == form and epsilon)
+        *attackers, (helpers, epsilon) = [key[1:] for key in right if key[0] == form]
+        assert epsilon == ANY_IMAGE
         assert helpers == (19 if '20' in form and 'shaping' not in form else 9)
-        assert not (all_of_it & ~alone).any()
+        assert attackers == [(0, 0.), (0, 8.), (helpers, 8.)]
+        still_right = np.array([values for key, values in right.items() if key[0] == form])
+        assert (still_right[:-1] | ~still_right[1:]).all()
     rows = rows_of(few, {'owners': right})
-    assert len(rows) == 2 * 3 * 2 and [row[2] for row in rows[:2]] == ['0, own', '9, own']
+    assert len(rows) == 2 * 3 * 3 and [row[2:4] for row in rows[:3]] == [
+        ['0, own', 'within 8'], ['9, own', 'within 8'], ['9, own', 'any']]
     with pytest.raises(UserError, match='nothing is stored'):
         rows_of(few, {})
 
