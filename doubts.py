@@ -70,8 +70,8 @@ class Probe:
 
     @property
     def shared_norms(self):
-        """Whether the norms are those of a batch of test samples and nothing else."""
-        return self.inference.coupled and not getattr(self.inference, 'ratio', 0)
+        """Whether several queries meet the same norms, so that each moves those of the others."""
+        return self.inference.coupled
 
     @functools.cached_property
     def zero_gradients(self):
@@ -135,11 +135,27 @@ def flagged(seen):
             'unreliable': bool(UNRELIABLE & set(flags))}
 
 
+def of_worst(worst, results):
+    """Returns what a worst case says of flags: what its strongest direct attack says.
+
+    Its strongest one, where none is direct: that no transfer succeeds is no robustness.
+
+    Args:
+        worst: a result over several attacks. results: flagged ones, those attacks' among them.
+    """
+    attacks = [result for result in results if result['inference'] == worst['inference']
+               and result['attack'] in worst['attacks'] and result['attack'] != 'clean']
+    direct = [result for result in attacks
+              if is_direct(result['attack'], result, worst['inference'])]
+    strongest = min(direct or attacks,
+                    key=lambda result: result['right'][0][:worst['num_examples']].count('1'))
+    return {key: strongest[key] for key in ('flags', 'looked_for', 'unreliable')}
+
+
 def renewed(former, row):
     """Returns the new row, with the verdicts of the former one that were not looked for again.
 
-    So attacks can be run one by one, and --check once. A worst case carries no flags, and what
-    other code found may be true no more.
+    So attacks can be run one by one, and --check once. What other code found may be true no more.
 
     Args:
         former: from a file, of whatever contents.

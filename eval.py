@@ -215,7 +215,8 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
         right = {name: of_attack.right for name, of_attack in judged[judge].items()}
         add_flags([r for r in results if r['inference'] == mode], model, data, config, judge,
                   judges[judge], right, num_draws, check)
-    return worst_cases(judged, config) + results
+    worst = worst_cases(judged, config)
+    return [row | doubts.of_worst(row, results) for row in worst] + results
 
 
 def add_flags(results, model, data, config, judge, inference, right, num_draws, check):

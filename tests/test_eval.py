@@ -14,7 +14,7 @@ import eval as eval_program
 from eval import (WORST_CASE, WORST_DIRECT, WORST_IN_BALL, WORST_OF_SLOW, WORST_TRANSFERRED,
                   check_attack, evaluate, lost_iterates, wilson_interval)
 from report import print_table
-from shaping import FORMS, INFERENCE_MODES, Inference
+from shaping import FORMS, INFERENCE_MODES, Inference, make_inference
 
 WORST = [WORST_IN_BALL, WORST_DIRECT, WORST_TRANSFERRED, WORST_OF_SLOW, WORST_CASE]
 
@@ -106,8 +106,9 @@ def test_results_hold_every_cell_and_the_stated_fields(
                 mode != 'pn' or attack == 'shaping')
             assert ('transferred' in cells[attack, mode]['flags']) == expected
         assert ('random answer' in cells['clean', mode]['flags']) == (mode in FORMS)
-        assert ('shared norms' in cells['adaptive', mode]['flags']) == (mode == 'bn')
-        assert cells['adaptive', mode]['unreliable'] or mode != 'bn'
+        shared = mode in ('bn', 'bn_shaping')  # 20 in its batch, 5 of them queries
+        assert ('shared norms' in cells['adaptive', mode]['flags']) == shared
+        assert cells['adaptive', mode]['unreliable'] or not shared
     # What an example costs: image gradients, or queries
     assert cells['pgd', 'bn']['gradients'] == 2 and cells['square', 'bn']['queries'] == 5
     assert cells['adaptive_pgd', 'bn_shaping']['gradients'] == 8
@@ -219,6 +220,26 @@ def test_the_worst_cases_of_direct_and_of_transferred_attacks(judged):
     assert cells['pgd', 'bn_shaping']['unreliable'] and not cells['pgd', 'pn']['unreliable']
 
 
+def test_a_worst_case_is_as_doubtful_as_its_strongest_direct_attack(judged):
+    """A strong transferred attack does not make it doubtful, nor does a weak direct one help.
+
+    Where nothing is direct, the strongest transferred attack is all that is known.
+    """
+    cells = judged({('pgd', 5): [[0, 1, 1, 1, 1, 1]], ('shaping', 5): [[1, 1, 0, 0, 0, 1]]})
+    assert not cells[WORST_IN_BALL, 'pn']['unreliable'] and not cells[WORST_IN_BALL, 'pn']['flags']
+    assert cells[WORST_TRANSFERRED, 'pn']['flags'] == ['transferred']
+    assert cells[WORST_IN_BALL, 'bn_shaping']['flags'] == ['transferred']
+    assert cells[WORST_IN_BALL, 'bn_shaping']['unreliable']
+    flagged = {'flags': ['more steps'], 'looked_for': ['more steps'], 'unreliable': True}
+    trusted = {'flags': [], 'looked_for': ['more steps'], 'unreliable': False}
+    attacks = [{'attack': name, 'inference': 'pn', 'norms': 'pn', 'right': [right], **flags}
+               for name, right, flags in (('clean', '000', trusted), ('pgd', '111', trusted),
+                                          ('apgd', '110', flagged))]
+    worst = {'inference': 'pn', 'attacks': ['clean', 'pgd', 'apgd'], 'num_examples': 3}
+    assert doubts.of_worst(worst, attacks) == flagged
+    assert doubts.of_worst({**worst, 'num_examples': 2}, attacks) == trusted  # of equals, the first
+
+
 def test_fewer_right_answers_are_told_from_chance():
     a = np.arange(100) < 50
     assert doubts.fewer(np.arange(100) < 45, a) and not doubts.fewer(np.arange(100) < 46, a)
@@ -256,6 +277,18 @@ def test_masked_gradients_are_flagged(data, small_config):
         'transferred': False, 'random answer': False, 'shared norms': False,
         'zero gradients': True, 'masked gradients': True}
     assert probe.random_answers == 0
+
+
+@pytest.mark.parametrize('mode, size, shared', [
+    ('bn', 20, True), ('pn', 20, False), ('bn_recorded', 20, False), ('bn_shaping', 20, True),
+    ('bn_shaping', 4, False)])
+def test_queries_that_meet_the_same_norms_are_flagged(
+        small_model, small_config, data, mode, size, shared):
+    """With n + 1 samples in a batch, a query shares it with clean training images alone."""
+    config = small_config(shaping_batch_size=size, inference_shaping_ratio=3)
+    inference = make_inference(small_model, mode, data, config)
+    probe = doubts.Probe(inference, data.eval_data.xs[:4], data.eval_data.ys[:4])
+    assert probe.shared_norms == shared
 
 
 def test_an_attack_that_has_not_converged_is_flagged(data, small_config):
