@@ -9,10 +9,11 @@ Accuracy under ours and theirs, with 95% Wilson intervals; for the minimum-norm 
 median L2 size on [0, 1] of the perturbations that fool the model.
 
 With population norms: FGSM and PGD are foolbox's. Square and APGD are AutoAttack's, APGD on
-cross-entropy, DLR and targeted DLR, each on what is left. C&W and DeepFool, which are foolbox's in
-attacks/minimum_norm.py, are those of ART, the Adversarial Robustness Toolbox. With three classes,
-AutoAttack's targeted DLR does not exist: both take the target's cross-entropy, which AutoAttack has
-but does not use.
+cross-entropy, DLR and targeted DLR, each on what is left. `autoattack` is its standard version as a
+whole, as RobustBench runs it, beside `adaptive`; it prints what each of its four parts finds. C&W
+and DeepFool, which are foolbox's in attacks/minimum_norm.py, are those of ART, the Adversarial
+Robustness Toolbox. With three classes, AutoAttack's targeted DLR does not exist: both take the
+target's cross-entropy, which AutoAttack has but does not use.
 
 With bn_shaping or bn_recorded, every attack meets fresh draws, and the draw that eval.py would use
 judges. `pgd_eot`: foolbox's PGD on the mean logits of eot_draws draws, its wrapper for expectation
@@ -46,7 +47,7 @@ from model import build_model, find_checkpoint  # noqa: E402
 from pgd_attack import perturbation_fault, pgd_settings  # noqa: E402
 from shaping import FORMS, MAX_GRADIENT_IMAGES, make_inference  # noqa: E402
 
-ATTACKS = ('fgsm', 'pgd', 'deepfool', 'apgd', 'square', 'cw')  # with population norms
+ATTACKS = ('fgsm', 'pgd', 'deepfool', 'apgd', 'square', 'cw', 'autoattack')  # with `pn`
 ATTACKS_WHERE_DRAWN = ('pgd_eot', 'square')
 
 
@@ -102,16 +103,19 @@ def foolbox_attack(name, classify, settings):
 
 
 def autoattack_attack(name, classify, settings):
-    """Returns AutoAttack's Square, or its APGD: cross-entropy, DLR, targeted DLR, each on the rest.
+    """Returns AutoAttack as a whole, its Square, or its APGD, f(x_nat, y) -> x_adv.
+
+    Its APGD: cross-entropy, DLR, targeted DLR, each on the rest.
 
     settings: of ours; num_classes beside them.
     """
     import torch
     sys.path.insert(0, flags.FLAGS.autoattack)
+    from autoattack import AutoAttack
     from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted
     from autoattack.square import SquareAttack
 
-    @tf.function
+    @tf.function(reduce_retracing=True)  # batches of all sizes
     def backward(x, upstream):
         with tf.GradientTape() as tape:
             tape.watch(x)
@@ -136,6 +140,10 @@ def autoattack_attack(name, classify, settings):
         x = torch.from_numpy(x_nat.numpy().transpose(0, 3, 1, 2) / 255).contiguous()
         labels = torch.from_numpy(y.numpy())
         common = {'eps': settings['epsilon'] / 255, 'seed': 0, 'device': 'cpu'}
+        if name == 'autoattack':
+            x = AutoAttack(Logits.apply, version='standard', **common).run_standard_evaluation(
+                x, labels, bs=len(x))
+            return 255 * x.numpy().transpose(0, 2, 3, 1)
         if name == 'square':
             attacks = [SquareAttack(Logits.apply, n_queries=settings['square_queries'], **common)]
         else:
@@ -201,12 +209,13 @@ def attacks_of(name, model, data, config, inference):
         ours = pgd_eot(inference, images, labels, config)
         settings = {**pgd_settings(config), 'eot_draws': config['eot_draws']}
     else:
-        ours, settings = make_attack(name, model, data, config, 1, inference)
+        ours, settings = make_attack('adaptive' if name == 'autoattack' else name, model, data,
+                                     config, 1, inference)
     classify = (under_fresh_draws(inference, config['np_random_seed']) if inference.draws else
-                tf.function(lambda x: model(x, training=False)))
+                tf.function(lambda x: model(x, training=False), reduce_retracing=True))
     if name in ('fgsm', 'pgd', 'pgd_eot'):
         library, public = 'foolbox', foolbox_attack(name, classify, settings)
-    elif name in ('apgd', 'square') and not inference.draws:
+    elif name in ('apgd', 'square', 'autoattack') and not inference.draws:
         library, public = 'AutoAttack', autoattack_attack(
             name, classify, {**settings, 'num_classes': data.num_classes})
     else:
@@ -222,9 +231,9 @@ def main():
     config = config_from_flags()
     drawn = flags.FLAGS.inference in FORMS
     names = choice('attack', flags.FLAGS.attack, ATTACKS_WHERE_DRAWN if drawn else ATTACKS)
-    if {'apgd', 'square'} & set(names) and not drawn and not flags.FLAGS.autoattack:
-        raise UserError('--autoattack is missing; expected the folder of a clone of '
-                        'fra31/auto-attack, or an --attack without apgd and square')
+    if {'apgd', 'square', 'autoattack'} & {*names} and not drawn and not flags.FLAGS.autoattack:
+        raise UserError('--autoattack is missing; expected the folder of a clone of fra31/'
+                        'auto-attack, or an --attack without apgd, square and autoattack')
     data = load_data(config, flags.FLAGS.download)
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
@@ -255,7 +264,7 @@ def main():
             low, high = wilson_interval(correct, n)
             size = f', median L2 {np.median(sizes):.4f} of {len(sizes)}' if name in (
                 'cw', 'deepfool') and sizes else ''
-            print(f'{name:<9}{source:<11}{100 * correct / n:6.2f}% [{100 * low:.2f}, '
+            print(f'{name:<11}{source:<11}{100 * correct / n:6.2f}% [{100 * low:.2f}, '
                   f'{100 * high:.2f}], n = {n}{size}; {seconds:.0f} s', flush=True)
 
 
