@@ -52,6 +52,21 @@ def is_transferred(name, settings, mode):
     return 'norms' in settings and not is_direct(name, settings, mode)
 
 
+def shares_norms(result):
+    """Whether a direct attack was made on images several of which met the same norms.
+
+    Args:
+        result: of one attack, or of several: then whether that was so for one of them.
+    """
+    def shared(name, of_attack):
+        return is_direct(name, of_attack, mode) and (mode == 'bn' or (
+            mode == 'bn_shaping'
+            and of_attack['shaping_batch_size'] > of_attack['inference_shaping_ratio'] + 1))
+    mode = result['inference']
+    return any(shared(*each) for each in result.get(
+        'attack_settings', {result['attack']: result}).items())
+
+
 class Probe:
     """What an inference mode is like to attack, on some clean images; measured when asked for.
 

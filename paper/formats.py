@@ -1,5 +1,5 @@
 """How numbers are shown in the tables: percent, points, intervals, Markdown."""
-from doubts import is_transferred
+from doubts import is_transferred, shares_norms
 from paper.cells import result_of, right_in_draws
 from paper.intervals import first_of_all, paired_difference
 
@@ -18,11 +18,13 @@ def share(value, interval):
 def accuracy(result, n=None):
     """Returns '57.1 [55.3, 58.9]': accuracy and interval in percent; and how many where not n.
 
-    A 't' behind it: the examples were made under other norms than those that judge them.
+    Behind it 't': the examples were made under other norms than those that judge them; 's': on all
+    images of a batch at once, which share the norms.
     """
     few = result['num_examples'] < (n or 0)
-    transferred = is_transferred(result['attack'], result, result['inference'])
-    return (share(result['accuracy'], result['interval']) + (' t' if transferred else '')
+    mark = (' t' if is_transferred(result['attack'], result, result['inference']) else
+            ' s' if shares_norms(result) else '')
+    return (share(result['accuracy'], result['interval']) + mark
             + (f' (n = {result["num_examples"]})' if few else ''))
 
 

@@ -168,8 +168,7 @@ def summary_rows(config, evaluations):
     for training, clean, worst, right in found:
         rows.append([f'`{name_of(training, config)}`', f'`{worst["inference"]}`',
                      formats.accuracy(clean),
-                     formats.share(worst['accuracy'], worst['interval'])
-                     + without(worst, all_worst),
+                     formats.accuracy(worst) + without(worst, all_worst),
                      *(cell for mode in (ADV_ONLY, IN_TRAINING) for cell in formats.against(
                          right, judged_by_pn.get((training.adversary, mode))))])
     return rows
@@ -311,6 +310,7 @@ def has_clean(of_training):
 
 FIRST = 'the first {n} test images{evaluated}'
 ACCURACY = f'{FIRST}; accuracy in %, [95% Wilson intervals]; t: transferred'
+SHARED = '; s: direct, on all images of a batch at once, which share norms (see `neighbours`)'
 DIFFERENCES = '; differences in points, [95% intervals of pairs of the same samples]'
 FIRST_TRAINING = 'the first {n} training images, in whole batches{evaluated}'
 MAIN_HEADER = ['training', 'attack', *(column for inference in INFERENCES
@@ -329,19 +329,19 @@ TABLES = {
         summary_rows, FIRST + '; accuracy in %, [95% Wilson intervals]; robust: the worst case in '
         'the ball over all attacks on all of these images; the default: adversarial-only training '
         'by the same adversary, judged by `pn`; the simple mix: shaping in training alone, likewise'
-        + DIFFERENCES,
+        + SHARED + DIFFERENCES,
         checks=(check_shaping_attack,), shows=has_clean),
     'table1': Table(
         'Table I: PGD-based adversarial training',
         tuple(Training('pgd', mode) for mode in MODES),
-        MAIN_HEADER, partial(main_rows, 'pgd'), ACCURACY,
+        MAIN_HEADER, partial(main_rows, 'pgd'), ACCURACY + SHARED,
         plots={'table1_tradeoff': partial(plots.tradeoff, 'pgd'), 'table1_cost': plots.cost},
         checks=(check_shaping_attack,), shows=has_clean),
     'table2': Table(
         'Table II: TRADES-based adversarial training',
         tuple(Training('trades', mode) for mode in MODES),
         MAIN_HEADER, partial(main_rows, 'trades'),
-        ACCURACY + '; trained on the cross-entropy of {xent} images, beta {beta}',
+        ACCURACY + SHARED + '; trained on the cross-entropy of {xent} images, beta {beta}',
         plots={'table2_tradeoff': partial(plots.tradeoff, 'trades')},
         checks=(check_shaping_attack,), shows=has_clean),
     'table3': Table(
@@ -349,7 +349,7 @@ TABLES = {
         tuple(Training(adversary, NORM_SHAPING) for adversary in PAPER_TABLES),
         ['attack', *(column for adversary in PAPER_TABLES
                      for column in (f'{adversary} + shaping', 'paper'))],
-        table3_rows, ACCURACY),
+        table3_rows, ACCURACY + SHARED),
     'table4': Table(
         'Table IV: shaping ratios in training and inference, under PGD',
         tuple(Training('pgd', NORM_SHAPING, ratio) for ratio in PAPER_RATIOS),
@@ -378,7 +378,7 @@ TABLES = {
         checks.SWEPT,
         checks.SWEEPS_HEADER, checks.sweep_rows,
         FIRST + '; accuracy in %, [95% Wilson intervals]; num_steps with steps of {step}, epsilon '
-        'with {steps} steps of a quarter of it', checks.MAX_EXAMPLES,
+        'with {steps} steps of a quarter of it' + SHARED, checks.MAX_EXAMPLES,
         plots={f'sweep_{key}': lambda config, evaluations, key=key: plots.sweep(
             key, config, checks.sweep_results(config, evaluations)) for key in checks.SWEEPS}),
     'seeds': Table(
@@ -387,7 +387,7 @@ TABLES = {
         ['attack', *(f'{MODES[training.mode]}, `{inference}`, seed {seed + 1}'
                      for training in (DEFAULT, SHAPED) for inference in ('pn', 'bn_shaping')
                      for seed in SEEDS)],
-        seed_rows, ACCURACY),
+        seed_rows, ACCURACY + SHARED),
     'norms': Table(
         'Other ways to estimate the population norms',
         (DEFAULT, SHAPED),
@@ -398,13 +398,13 @@ TABLES = {
         'Norm shaping under `pn` and under `bn_shaping`',
         (SHAPED,),
         ['attack', '`pn`', '`bn_shaping`', 'difference', 'paper'],
-        gap_rows, ACCURACY + DIFFERENCES),
+        gap_rows, ACCURACY + SHARED + DIFFERENCES),
     'transfer': Table(
         'The strongest attack, made on the model of another seed',
         tuple(training._replace(seed=seed) for training in (DEFAULT, SHAPED) for seed in SEEDS),
         ['judged: training', 'inference', '`adaptive`, made on it',
          f'`transfer`, made on that of seed {SEEDS[1] + 1}', 'difference'],
-        transfer_rows, ACCURACY + DIFFERENCES),
+        transfer_rows, ACCURACY + SHARED + DIFFERENCES),
     'neighbours': Table(
         'Victims whose batch an attacker shares',
         (DEFAULT, SHAPED),
@@ -443,7 +443,7 @@ TABLES = {
     'variations': Table(
         'When does the gap open? One thing varied at a time',
         variations.TRAININGS,
-        variations.HEADER, variations.variation_rows, ACCURACY + DIFFERENCES,
+        variations.HEADER, variations.variation_rows, ACCURACY + SHARED + DIFFERENCES,
         variations.MAX_EXAMPLES, variations.NOTE, plots={'variations_gap': plots.gaps},
         checks=(variations.check_steps,), apart=True, shows=variations.is_shown),
     'crossed': Table(

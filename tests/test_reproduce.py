@@ -875,6 +875,26 @@ def test_the_gap_is_shown_without_a_direct_attack_but_not_without_the_others(tmp
         rows(tmp_path)
 
 
+@pytest.mark.parametrize('attack, settings, mark', [
+    ('adaptive', {'inference': 'bn', 'norms': 'bn'}, ' s'),
+    ('square', {'inference': 'bn_shaping', 'norms': 'bn_shaping', 'shaping_batch_size': 20}, ' s'),
+    ('adaptive', {'inference': 'bn_shaping', 'norms': 'bn_shaping', 'shaping_batch_size': 10}, ''),
+    ('adaptive', {'inference': 'bn_recorded', 'norms': 'bn_recorded'}, ''),
+    ('pgd', {'inference': 'bn', 'norms': 'pn'}, ' t'),
+    ('pgd', {'inference': 'pn', 'norms': 'pn'}, ''),
+    ('clean', {'inference': 'bn'}, '')])
+def test_a_number_of_a_direct_attack_on_images_that_share_norms_is_marked(attack, settings, mark):
+    """So is a worst case over it. With n + 1 samples in a batch, a query shares it with none."""
+    result = {'attack': attack, **settings, 'inference_shaping_ratio': 9, 'accuracy': 0.5,
+              'interval': [0.4, 0.6], 'num_examples': 100}
+    assert formats.accuracy(result) == f'50.0 [40.0, 60.0]{mark}'
+    worst = {**{key: result[key] for key in ('inference', 'accuracy', 'interval', 'num_examples')},
+             'attack': 'worst in ball', 'attack_settings': {
+                 'clean': {'epsilon': 8.}, attack: result}}
+    assert formats.accuracy(worst).endswith(' s') == (mark == ' s')
+
+
+
 def test_accuracies_on_fewer_images_are_compared_on_those():
     rng = np.random.default_rng(0)
     ours, theirs = rng.random((2, 2, 60)) < 0.6  # each: clean and robust accuracy
