@@ -117,9 +117,9 @@ def owners(model, data, config, kept=None):
     as_in_eval, attacks = bn_form(size), {}
     for name, settings in (shared_forms(config) | as_in_eval).items():
         inference = make_inference(model, 'bn_shaping', data, {**config, **settings})
-        settings = (config['apgd_num_steps'], size if name in as_in_eval else QUERIES,
-                    loss_funcs_for(data.num_classes), epsilon)
-        attacks[name] = {bound: NeighboursAttack(inference, bound, *settings)
+        given = (config['apgd_num_steps'], size if name in as_in_eval else QUERIES,
+                 loss_funcs_for(data.num_classes), epsilon)
+        attacks[name] = {bound: NeighboursAttack(inference, bound, *given)
                          for bound in (epsilon, ANY_IMAGE)}
     n = min(NUM_VICTIMS, len(images))
     right = {(name, helpers, bound): np.zeros(n, bool) for name, of_form in attacks.items()
