@@ -153,7 +153,8 @@ def flagged(seen):
 def of_worst(worst, results):
     """Returns what a worst case says of flags: what its strongest direct attack says.
 
-    Its strongest one, where none is direct: that no transfer succeeds is no robustness.
+    Its strongest one, where none is direct: that no transfer succeeds is no robustness. Where
+    `square` is the strongest, gradients were masked, and it may not be strong enough, either.
 
     Args:
         worst: a result over several attacks. results: flagged ones, those attacks' among them.
@@ -164,7 +165,9 @@ def of_worst(worst, results):
               if is_direct(result['attack'], result, worst['inference'])]
     strongest = min(direct or attacks,
                     key=lambda result: result['right'][0][:worst['num_examples']].count('1'))
-    return {key: strongest[key] for key in ('flags', 'looked_for', 'unreliable')}
+    seen = {flag: flag in strongest['flags'] for flag in strongest['looked_for']}
+    masked = any('masked gradients' in result['flags'] for result in direct)
+    return flagged(seen | ({'masked gradients': True} if masked else {}))
 
 
 def renewed(former, row):

@@ -19,11 +19,15 @@ def accuracy(result, n=None):
     """Returns '57.1 [55.3, 58.9]': accuracy and interval in percent; and how many where not n.
 
     Behind it 't': the examples were made under other norms than those that judge them; 's': on all
-    images of a batch at once, which share the norms.
+    images of a batch at once, which share the norms. A worst case has a 't' where all of its
+    attacks have one, an 's' where one of them has.
     """
-    few = result['num_examples'] < (n or 0)
-    mark = (' t' if is_transferred(result['attack'], result, result['inference']) else
-            ' s' if shares_norms(result) else '')
+    few, of_all = result['num_examples'] < (n or 0), result.get(
+        'attack_settings', {result['attack']: result})
+    transferred = [is_transferred(name, settings, result['inference'])
+                   for name, settings in of_all.items() if name != 'clean']
+    mark = (' s' if shares_norms(result) else
+            ' t' if transferred and all(transferred) else '')
     return (share(result['accuracy'], result['interval']) + mark
             + (f' (n = {result["num_examples"]})' if few else ''))
 

@@ -103,8 +103,8 @@ def owners(model, data, config, kept=None):
     """Returns which victims are answered rightly where the attacker owns their pixels, too.
 
     First the victim's alone, then those of all other queries in its batch, too: the owner of a
-    whole batch who spends it on one image. All stay within epsilon; at last, the others may be any
-    images, as nobody asks what else is in the batch. Unlike `neighbours`, it runs on each loss that
+    whole batch who spends it on one image. First all stay within epsilon, then the others may be
+    any images: nobody asks what else is in a batch. Unlike `neighbours`, it runs on each loss that
     `adaptive` has, and under `bn` also in a batch as large as those of eval.py.
 
     Cost: three times as many runs as there are losses, each of apgd_num_steps + 1 gradients of a
@@ -123,13 +123,13 @@ def owners(model, data, config, kept=None):
                          for bound in (epsilon, ANY_IMAGE)}
     n = min(NUM_VICTIMS, len(images))
     right = {(name, helpers, bound): np.zeros(n, bool) for name, of_form in attacks.items()
-             for helpers, bound in owned_by(of_form[epsilon].queries, epsilon)}
+             for helpers, bound in attackers(of_form[epsilon].queries, epsilon)}
     for victim, end in batches(kept, [*right.values()], n, 1, 'owners'):
         for name, of_form in attacks.items():
             inference, queries = of_form[epsilon].inference, of_form[epsilon].queries
             x_nat = images[(victim + np.arange(queries)) % len(images)].astype(np.float32)
             y, made = np.repeat(labels[victim], queries), []
-            for helpers, bound in owned_by(queries, epsilon):
+            for helpers, bound in attackers(queries, epsilon):
                 made.append(of_form[bound].move_norms(x_nat, y, seed, victim, helpers, made)
                             if bound else x_nat)
                 logits = of_victims(inference, made[-1], victim, queries)
@@ -137,7 +137,7 @@ def owners(model, data, config, kept=None):
     return right
 
 
-def owned_by(queries, epsilon):
+def attackers(queries, epsilon):
     """Returns (helpers, epsilon of their pixels) of each attacker in `owners`, the weakest first.
 
     The first owns nothing, the second the victim's own pixels alone.
@@ -189,7 +189,7 @@ def neighbour_rows(config, evaluations):
         for measure, more, own in (
                 (neighbours, {'num_helpers': NUM_HELPERS}, ''),
                 (owners, {'eval_batch_size': config['eval_batch_size'],
-                          'owned_by': owned_by(QUERIES, config['epsilon'])}, ', own')):
+                          'owned_by': attackers(QUERIES, config['epsilon'])}, ', own')):
             kept = of_training.if_kept(of_training.experiment, measure, identity | more, kept_rows)
             if kept:
                 rows += [[f'`{name}`', *row] for row in _rows_of(kept['rows'], own, config)]

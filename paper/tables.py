@@ -310,7 +310,7 @@ def has_clean(of_training):
 
 FIRST = 'the first {n} test images{evaluated}'
 ACCURACY = f'{FIRST}; accuracy in %, [95% Wilson intervals]; t: transferred'
-SHARED = '; s: direct, on all images of a batch at once, which share norms (see `neighbours`)'
+SHARED = '; s: of direct attacks on all images of a batch at once, which share norms (`neighbours`)'
 DIFFERENCES = '; differences in points, [95% intervals of pairs of the same samples]'
 FIRST_TRAINING = 'the first {n} training images, in whole batches{evaluated}'
 MAIN_HEADER = ['training', 'attack', *(column for inference in INFERENCES

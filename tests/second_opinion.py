@@ -1,4 +1,4 @@
-"""Our attacks beside public ones: same trained model, same samples, same budget.
+"""Our attacks beside public ones: same trained model, same samples, and but for one same budget.
 
     pip install torch adversarial-robustness-toolbox
     git clone https://github.com/fra31/auto-attack
@@ -10,10 +10,11 @@ median L2 size on [0, 1] of the perturbations that fool the model.
 
 With population norms: FGSM and PGD are foolbox's. Square and APGD are AutoAttack's, APGD on
 cross-entropy, DLR and targeted DLR, each on what is left. `autoattack` is its standard version as a
-whole, as RobustBench runs it, beside `adaptive`; it prints what each of its four parts finds. C&W
-and DeepFool, which are foolbox's in attacks/minimum_norm.py, are those of ART, the Adversarial
-Robustness Toolbox. With three classes, AutoAttack's targeted DLR does not exist: both take the
-target's cross-entropy, which AutoAttack has but does not use.
+whole, with its own budget, as RobustBench runs it, beside `adaptive` as configured. It prints what
+each of its four parts finds, has nine targets, and so needs ten classes. C&W and DeepFool, which
+are foolbox's in attacks/minimum_norm.py, are those of ART, the Adversarial Robustness Toolbox. With
+three classes, AutoAttack's targeted DLR does not exist: both take the target's cross-entropy, which
+AutoAttack has but does not use.
 
 With bn_shaping or bn_recorded, every attack meets fresh draws, and the draw that eval.py would use
 judges. `pgd_eot`: foolbox's PGD on the mean logits of eot_draws draws, its wrapper for expectation
@@ -235,6 +236,9 @@ def main():
         raise UserError('--autoattack is missing; expected the folder of a clone of fra31/'
                         'auto-attack, or an --attack without apgd, square and autoattack')
     data = load_data(config, flags.FLAGS.download)
+    if 'autoattack' in names and data.num_classes < 10:
+        raise UserError(f'{data.num_classes} classes are too few for autoattack, whose standard '
+                        'version has nine targets; expected ten, or an --attack without it')
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
     model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint,

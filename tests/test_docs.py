@@ -15,6 +15,7 @@ from config import SCHEMA, load_config, may_change
 from conftest import ROOT
 from paper.published import MODES, PAPER_TABLES
 from running import UserError
+import second_opinion
 
 PAGES = ['README.md', 'RESULTS.md'] + sorted(
     f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs')) if name.endswith('.md'))
@@ -139,8 +140,10 @@ def answer(program, *arguments):
     return done.stdout + done.stderr
 
 
-def known(option):
-    """Returns the names that eval.py's --attack or --inference takes."""
+def known(option, program):
+    """Returns the names that a program's --attack or --inference takes; but for one, eval.py's."""
+    if (option, program) == ('attack', 'tests/second_opinion.py'):
+        return {*second_opinion.ATTACKS, *second_opinion.ATTACKS_WHERE_DRAWN}
     text = re.search(rf'--{option}: (.*?)\(default', answer('eval.py', '--helpfull'), re.DOTALL)
     return set(re.findall(r'\w+', text[1])) - {'Comma', 'separated', 'or'}
 
@@ -207,7 +210,7 @@ def faults(command):
     for option in ('attack', 'inference'):
         names = {name for value in given.get(option, ()) for name in value.split(',')}
         if names:
-            found += [f'--{option} has no {name}' for name in names - known(option)]
+            found += [f'--{option} has no {name}' for name in names - known(option, program)]
     words = [word for word in words if not PLACEHOLDER.fullmatch(word)
              and not (program == 'classify.py' and word.endswith(('.png', '.jpg', '.npy')))]
     return found + [f'{program} takes no {word}' for word in words

@@ -230,14 +230,19 @@ def test_a_worst_case_is_as_doubtful_as_its_strongest_direct_attack(judged):
     assert cells[WORST_TRANSFERRED, 'pn']['flags'] == ['transferred']
     assert cells[WORST_IN_BALL, 'bn_shaping']['flags'] == ['transferred']
     assert cells[WORST_IN_BALL, 'bn_shaping']['unreliable']
-    flagged = {'flags': ['more steps'], 'looked_for': ['more steps'], 'unreliable': True}
-    trusted = {'flags': [], 'looked_for': ['more steps'], 'unreliable': False}
+    flagged = doubts.flagged({'more steps': True})
+    trusted = doubts.flagged({'more steps': False})
     attacks = [{'attack': name, 'inference': 'pn', 'norms': 'pn', 'right': [right], **flags}
                for name, right, flags in (('clean', '000', trusted), ('pgd', '111', trusted),
                                           ('apgd', '110', flagged))]
     worst = {'inference': 'pn', 'attacks': ['clean', 'pgd', 'apgd'], 'num_examples': 3}
     assert doubts.of_worst(worst, attacks) == flagged
     assert doubts.of_worst({**worst, 'num_examples': 2}, attacks) == trusted  # of equals, the first
+    # `square` is the strongest where gradients are masked: then it is flagged for the others
+    attacks[1] |= doubts.flagged({'masked gradients': True})
+    attacks[2] = {**attacks[2], 'attack': 'square', **trusted}
+    of_square = doubts.of_worst({**worst, 'attacks': ['clean', 'pgd', 'square']}, attacks)
+    assert of_square['flags'] == ['masked gradients'] and of_square['unreliable']
 
 
 def test_fewer_right_answers_are_told_from_chance():
@@ -289,6 +294,9 @@ def test_queries_that_meet_the_same_norms_are_flagged(
     inference = make_inference(small_model, mode, data, config)
     probe = doubts.Probe(inference, data.eval_data.xs[:4], data.eval_data.ys[:4])
     assert probe.shared_norms == shared
+    row = {'attack': 'adaptive', 'inference': mode, 'norms': mode,
+           'shaping_batch_size': size, 'inference_shaping_ratio': 3}
+    assert doubts.shares_norms(row) == shared
 
 
 def test_an_attack_that_has_not_converged_is_flagged(data, small_config):
