@@ -83,11 +83,6 @@ class Probe:
         logits = [self.inference(self.images, query).numpy() for query in (0, 1)]
         return float(np.mean(np.any(logits[0] != logits[1], axis=1)))
 
-    @property
-    def shared_norms(self):
-        """Whether several queries meet the same norms, so that each moves those of the others."""
-        return self.inference.coupled
-
     @functools.cached_property
     def zero_gradients(self):
         """The share of the images where the margin's gradient is zero, under a known draw."""
@@ -134,7 +129,7 @@ def flags_of(result, probe, right):
     seen = {'transferred': is_transferred(name, result, mode),
             'random answer': probe.random_answers > 0}
     if direct:
-        seen['shared norms'] = probe.shared_norms
+        seen['shared norms'] = shares_norms(result)
     if direct and name in BY_GRADIENTS:
         seen['zero gradients'] = probe.zero_gradients > 0
         if 'square' in right:

@@ -130,7 +130,7 @@ def owners(model, data, config, kept=None):
             x_nat = images[(victim + np.arange(queries)) % len(images)].astype(np.float32)
             y, made = np.repeat(labels[victim], queries), []
             for helpers, bound in attackers(queries, epsilon):
-                made.append(of_form[bound].move_norms(x_nat, y, seed, victim, helpers, made)
+                made.append(of_form[bound].move_norms(x_nat, y, seed, victim, helpers, made[1:])
                             if bound else x_nat)
                 logits = of_victims(inference, made[-1], victim, queries)
                 right[name, helpers, bound][victim:end] = np.argmax(logits, 1) == labels[victim:end]

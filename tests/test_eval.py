@@ -170,7 +170,7 @@ def judged(monkeypatch, data, small_config):
         monkeypatch.setattr(eval, 'make_attack', make_attack)
         monkeypatch.setattr(eval, 'make_inference', make_inference)
         monkeypatch.setattr(doubts, 'Probe', lambda *args: SimpleNamespace(
-            shared_norms=False, random_answers=0., zero_gradients=0.))
+            random_answers=0., zero_gradients=0.))
         data.eval_data.xs[:] = 100
         data.eval_data.xs[:, 0, 0, 1:] = np.stack([np.zeros(60), np.arange(60)], 1)
         results = evaluate(None, data, config, names, ['pn', 'bn_shaping'], num_draws)
@@ -292,8 +292,7 @@ def test_queries_that_meet_the_same_norms_are_flagged(
     """With n + 1 samples in a batch, a query shares it with clean training images alone."""
     config = small_config(shaping_batch_size=size, inference_shaping_ratio=3)
     inference = make_inference(small_model, mode, data, config)
-    probe = doubts.Probe(inference, data.eval_data.xs[:4], data.eval_data.ys[:4])
-    assert probe.shared_norms == shared
+    assert inference.coupled == shared
     row = {'attack': 'adaptive', 'inference': mode, 'norms': mode,
            'shaping_batch_size': size, 'inference_shaping_ratio': 3}
     assert doubts.shares_norms(row) == shared
