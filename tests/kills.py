@@ -30,13 +30,18 @@ CHECKPOINT_STEPS = 5
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-def command(folder, steps, *settings):
-    """Returns the command of a small training on the embedded set."""
-    return [sys.executable, '-u', os.path.join(ROOT, 'train.py'), *(f'--set={s}' for s in (
-        'dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'training_batch_size=16',
-        'num_steps=2', 'step_size_schedule=[[0,0.1]]', 'num_output_steps=1', 'num_summary_steps=4',
-        f'num_checkpoint_steps={CHECKPOINT_STEPS}', 'num_eval_examples=150',
-        f'max_num_training_steps={steps}', f'model_dir={folder}', *settings))]
+def settings(folder, steps):
+    """Returns the settings of a small training on the embedded set."""
+    return ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'training_batch_size=16',
+            'num_steps=2', 'step_size_schedule=[[0,0.1]]', 'num_output_steps=1',
+            'num_summary_steps=4', f'num_checkpoint_steps={CHECKPOINT_STEPS}',
+            'num_eval_examples=150', f'max_num_training_steps={steps}', f'model_dir={folder}']
+
+
+def command(folder, steps, *more):
+    """Returns the command of that training, with more settings."""
+    return [sys.executable, '-u', os.path.join(ROOT, 'train.py'),
+            *(f'--set={setting}' for setting in (*settings(folder, steps), *more))]
 
 
 def start(arguments, first=lambda: None, **more):

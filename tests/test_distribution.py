@@ -21,8 +21,7 @@ from running.devices import check_shares, check_tf_config, make_strategy, shares
 from shaping import tail_mask
 import train
 
-MODES = ['natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training']
-FIXED = ('fixed', 'adv_only+fixed')
+TRAININGS = ['shaping_in_training', 'shaping_in_attack_and_training', 'fixed', 'adv_only+fixed']
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +57,7 @@ def test_the_attacks_gradient_through_synchronized_norms_is_one_devices(found, n
 # PGD's sign turns rounding into a whole step where a gradient is near 0. TRADES starts where the
 # divergence hardly has a gradient, so that it shows most there.
 @pytest.mark.parametrize('training, of_metrics, of_weights', [
-    *((name, 1e-5, 5e-3) for name in (*MODES, *FIXED)), ('3+trades', 1e-2, 2e-2)])
+    *((name, 1e-5, 5e-3) for name in TRAININGS), ('3+trades', 1e-2, 2e-2)])
 def test_synchronized_replicas_train_as_one_device(found, training, of_metrics, of_weights):
     """Three steps, attack and moving averages included."""
     for name, one, two in both(found, f'metric/{training}/'):
@@ -70,7 +69,7 @@ def test_synchronized_replicas_train_as_one_device(found, training, of_metrics, 
     assert names == 61
 
 
-@pytest.mark.parametrize('training', [*MODES, *FIXED, '3+trades'])
+@pytest.mark.parametrize('training', [*TRAININGS, '3+trades'])
 def test_all_replicas_hold_the_same_weights_and_averages(found, training):
     spreads = [value for key, value in found.items() if key.startswith(f'spread/{training}/')]
     assert len(spreads) > 60 and all((spread == 0).all() for spread in spreads)
@@ -135,24 +134,22 @@ def test_xla_on_several_devices_is_refused():
 
 
 def test_mirrored_training_from_the_command_line(tmp_path):
-    """Stopped and started again, too: with synchronized norms, what one device trains."""
-    def run(folder, steps, distribution, *flags):
+    """Stopped and started again, too."""
+    def run(folder, steps):
         arguments = kills.command(folder, steps, 'batch_norms=synchronized',
-                                  f'distribution={distribution}')
-        done = subprocess.run([*arguments, *flags], capture_output=True, text=True, timeout=300)
+                                  'distribution=mirrored')
+        done = subprocess.run([*arguments, '--logical_cpus=2'], capture_output=True, text=True,
+                              timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
-    one, two, again = (str(tmp_path / name) for name in ('one', 'two', 'again'))
-    run(one, 5, 'none')
-    run(two, 8, 'mirrored', '--logical_cpus=2')
-    run(again, 5, 'mirrored', '--logical_cpus=2')
-    assert 'Resuming from' in run(again, 8, 'mirrored', '--logical_cpus=2')
+    two, again = str(tmp_path / 'two'), str(tmp_path / 'again')
+    run(two, 8)
+    run(again, 5)
+    assert 'Resuming from' in run(again, 8)
     assert kills.differences(again, two, 8) == []
     train.check_same_replicas({'batch_norms': 'synchronized'}, f'{two}/checkpoint-8', 3)
     with pytest.raises(UserError, match='trained by 2 replicas.*here are 3'):
         train.check_same_replicas({'batch_norms': 'per_replica'}, f'{two}/checkpoint-8', 3)
-    for ours, theirs in zip(kills.log(one), kills.log(two)):
-        assert theirs['loss'] == pytest.approx(ours['loss'], rel=5e-3)
 
 
 def workers(folder, steps, of_second=()):

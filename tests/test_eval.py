@@ -37,7 +37,7 @@ def test_every_attack_stays_in_its_ball_and_leaves_the_model_alone(
         if name in ('cw', 'hopskipjump'):
             continue  # a thousand iterations five times over, 25,000 queries: see test_attacks.py
         attack, settings = make_attack(name, small_model, data, config)
-        for start, end in ((0, 20), (40, 50)):
+        for start, end in ((0, 20), (30, 50)):
             x_adv = np.asarray(attack(start, end))
             assert x_adv.shape == (end - start, 32, 32, 3)
             assert perturbation_fault(images[start:end], x_adv, settings['epsilon']) is None
@@ -46,7 +46,7 @@ def test_every_attack_stays_in_its_ball_and_leaves_the_model_alone(
                 assert 0 < (changed > 0.5).sum() < end - start
                 continue
             assert (changed > 0.5).all() == (name not in ('clean', 'deepfool'))  # each is attacked
-            assert (x_adv == np.asarray(attack(start, end))).all()  # and always in the same way
+        assert (x_adv == np.asarray(attack(start, end))).all()  # always in the same way
         assert settings.get('norms') == {
             'clean': None, 'shaping': 'bn', **dict.fromkeys(DIRECT, 'bn_shaping')}.get(name, 'pn')
     assert all((a == b.numpy()).all() for a, b in zip(before, small_model.variables))
@@ -76,7 +76,7 @@ def test_results_hold_every_cell_and_the_stated_fields(
         small_model, small_config, data, transfer_from):
     few = dict.fromkeys([*DIRECT, 'apgd'], 20)
     config = small_config(num_attack_examples={**few, 'pgd': 1000}, apgd_num_steps=2,
-                          square_queries=3, **transfer_from)
+                          square_queries=3, num_eval_examples=40, **transfer_from)
     before = [v.numpy().copy() for v in small_model.variables]
     attacks = [name for name in ATTACKS if name not in (
         'cw', 'hopskipjump', 'random', 'adaptive_weak', 'apgd_eot')]
@@ -88,7 +88,7 @@ def test_results_hold_every_cell_and_the_stated_fields(
                            if m == 'pn' or a not in WORST[1:3]]
     for r in results:
         on_few = r['attack'] in (*few, *WORST[3:])
-        assert r['num_examples'] == (20 if on_few else 50)
+        assert r['num_examples'] == (20 if on_few else 40)
         assert r['interval'][0] <= r['accuracy'] <= r['interval'][1]
         assert [of_draw.count('1') / len(of_draw) for of_draw in r['right']] == [r['accuracy']]
         assert r['number_forward_passes'] == (4 if r['inference'] == 'bn_shaping' else 1)

@@ -36,6 +36,11 @@ def run(folder, *settings, steps=STEPS, **more):
                                         if line.startswith('train.py: ')]
 
 
+def run_here(folder, steps=STEPS):
+    """Runs that training to its end in this process, where TensorFlow is imported already."""
+    train.train(load_config(None, kills.settings(folder, steps)))
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     """The folder of a training of 30 steps that was never stopped; checkpoints 20, 25 and 30."""
@@ -75,7 +80,7 @@ def test_stopped_and_started_again_it_ends_as_if_it_never_had_been(whole, tmp_pa
     assert kills.differences(folder, whole, STEPS) == []
 
 
-def test_log_and_curves_are_cut_back_to_the_checkpoint(copied, whole):
+def test_log_and_curves_are_cut_back_to_the_checkpoint(copied, whole, capsys):
     """As a kill leaves them: steps past the checkpoint, the last line and record cut off."""
     for prefix in checkpoints(copied)[:2]:
         for end in ('.index', '.data-00000-of-00001'):
@@ -87,8 +92,8 @@ def test_log_and_curves_are_cut_back_to_the_checkpoint(copied, whole):
     left = ['cut.tmp', 'checkpoint-25.index.tempstate123', 'checkpoint.tmp0a']  # by other kills
     for name in left:
         shutil.copy(events, f'{copied}/{name}')
-    status, stdout, stderr = run(copied)
-    assert status == 0 and kills.resumed_from(stdout) == 20, stderr
+    run_here(copied)
+    assert kills.resumed_from(capsys.readouterr().out) == 20
     assert kills.differences(copied, whole, STEPS) == []
     assert not set(left) & set(os.listdir(copied))
     assert [line['step'] for line in kills.log(copied)] == list(range(STEPS))
@@ -96,18 +101,18 @@ def test_log_and_curves_are_cut_back_to_the_checkpoint(copied, whole):
     assert len(steps) == len(set(steps)) and {step for _, step in steps} == set(range(0, STEPS, 4))
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(copied, whole):
+def test_a_damaged_checkpoint_is_named_and_passed_over(copied, whole, capsys):
     os.truncate(f'{copied}/checkpoint-30.data-00000-of-00001', 1000)
     with open(f'{copied}/checkpoint-25.index', 'r+b') as f:
         f.seek(40)
         f.write(b'\xff')
     with open(f'{copied}/checkpoint', 'wb') as f:  # the state file: not needed
         f.write(b'\x00 nonsense')
-    process = kills.start(kills.command(copied, STEPS))
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0 and kills.resumed_from(stdout) == 20
+    run_here(copied)
+    told = capsys.readouterr()
+    assert kills.resumed_from(told.out) == 20
     for step in (30, 25):
-        assert f'{copied}/checkpoint-{step} is damaged and skipped' in stderr
+        assert f'{copied}/checkpoint-{step} is damaged and skipped' in told.err
     assert kills.differences(copied, whole, STEPS) == []
 
 
@@ -144,8 +149,7 @@ def test_a_second_process_is_refused(copied):
     assert status == 2 and len(stderr) == 1
     assert f'process {os.getpid()} on ' in stderr[0] and copied in stderr[0]
     lock.close()
-    status, _, stderr = run(copied, steps=STEPS + 5)
-    assert status == 0, stderr
+    run_here(copied, STEPS + 1)
 
 
 def test_what_differs_is_listed_all_of_it(tmp_path, small_config):
@@ -178,8 +182,8 @@ def test_a_checkpoint_knows_its_training_without_config_json(copied):
         f'train.py: {copied} holds another training: momentum (was 0.9, is 0.8), epsilon (was 8.0, '
         'is 4.0); expected another model_dir']
     assert not os.path.exists(f'{copied}/config.json')
-    status, _, stderr = run(copied, 'num_output_steps=7', steps=STEPS + 1)
-    assert status == 0, stderr
+    run_here(copied, STEPS + 1)
+    assert os.path.exists(f'{copied}/config.json')
 
 
 def origin_of(folder, **changes):
@@ -199,14 +203,14 @@ def test_other_images_are_refused(copied):
         train.check_same_origin(config, prefix, train.make_origin(config, data))
 
 
-def test_a_checkpoint_of_an_older_version_resumes_as_before(copied, whole):
+def test_a_checkpoint_of_an_older_version_resumes_as_before(copied, whole, capsys):
     """It has no record of its training. The next checkpoint has one."""
     for step in (25, 30):
         os.remove(f'{copied}/checkpoint-{step}.index')
     prefix = f'{copied}/checkpoint-20'
     rewrite(prefix, {train.TRAINING: None, train.IMAGES: None})
-    status, stdout, stderr = run(copied)
-    assert status == 0 and kills.resumed_from(stdout) == 20, stderr
+    run_here(copied)
+    assert kills.resumed_from(capsys.readouterr().out) == 20
     assert kills.differences(copied, whole, STEPS) == []
 
 

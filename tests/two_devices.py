@@ -14,7 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
 import running.quiet  # noqa: E402, F401
-from config import TRAINING_MODES, load_config  # noqa: E402
+from config import load_config  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
@@ -83,8 +83,9 @@ def main():
             found[f'gradient/{model_class.__name__}/{number}'] = gradient(strategy, model_class,
                                                                           x, y)
 
-    # Three steps of every training, synchronized
-    cases = [[f'training_mode={mode}'] for mode in TRAINING_MODES]
+    # Three steps of every kind of training, synchronized
+    cases = [[f'training_mode={mode}']
+             for mode in ('shaping_in_training', 'shaping_in_attack_and_training')]
     cases += [['adversary=trades', 'trades_beta=3'], ['attack_norms=fixed'],
               ['attack_norms=fixed', 'training_mode=adv_only']]
     for case in cases:
