@@ -6,7 +6,8 @@
     python tests/second_opinion.py --model_dir DIR --inference bn_recorded
 
 Accuracy under ours and theirs, with 95% Wilson intervals; for the minimum-norm attacks also the
-median L2 size on [0, 1] of the perturbations that fool the model.
+median L2 size on [0, 1] of the perturbations that fool the model. `--output FILE` stores them, and
+which images were right, as JSON.
 
 With population norms: FGSM and PGD are foolbox's. Square and APGD are AutoAttack's, APGD on
 cross-entropy, DLR and targeted DLR, each on what is left. `autoattack` is its standard version as a
@@ -23,6 +24,7 @@ squares as ours, needs three queries for each, and has one square for the whole 
 
 Random starts and draws differ, so single samples do; the accuracies should not.
 """
+import json
 import os
 import sys
 from timeit import default_timer as timer
@@ -34,6 +36,7 @@ import numpy as np  # noqa: E402
 
 from config import choice, config_from_flags, define_model_flags  # noqa: E402
 from running import UserError  # noqa: E402
+from running.files import replacing  # noqa: E402
 from running.program import run  # noqa: E402
 import running.quiet  # noqa: E402, F401
 import tensorflow as tf  # noqa: E402
@@ -45,7 +48,10 @@ from attacks.minimum_norm import CLEVERHANS_CW, CLEVERHANS_DEEPFOOL  # noqa: E40
 from cifar10_input import eval_examples, load_data  # noqa: E402
 from eval import wilson_interval  # noqa: E402
 from model import build_model, find_checkpoint  # noqa: E402
+from paper.cells import as_digits  # noqa: E402
 from pgd_attack import perturbation_fault, pgd_settings  # noqa: E402
+from running.results import provenance  # noqa: E402
+from running.unfinished import checkpoint_digest, data_digest  # noqa: E402
 from shaping import FORMS, MAX_GRADIENT_IMAGES, make_inference  # noqa: E402
 
 ATTACKS = ('fgsm', 'pgd', 'deepfool', 'apgd', 'square', 'cw', 'autoattack')  # with `pn`
@@ -241,15 +247,16 @@ def main():
                         'version has nine targets; expected ten, or an --attack without it')
     images, labels = eval_examples(data, config)
     model = build_model(config, data.num_classes)
-    model.load_madry_checkpoint(find_checkpoint(config, flags.FLAGS.checkpoint,
-                                                flags.FLAGS.select))
+    checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
+    model.load_madry_checkpoint(checkpoint)
     inference = make_inference(model, flags.FLAGS.inference, data, config)
 
+    results = []
     for name in names:
         attacks, settings = attacks_of(name, model, data, config, inference)
         n = num_examples(name, config)
         for source, attack in attacks.items():
-            correct, sizes, seconds = 0, [], 0.
+            right, sizes, seconds = np.zeros(n, bool), [], 0.
             for start in range(0, n, config['eval_batch_size']):
                 end = min(start + config['eval_batch_size'], n)
                 query = start // config['eval_batch_size']
@@ -260,16 +267,26 @@ def main():
                 if fault:
                     raise RuntimeError(f'{name}, {source}: {fault}')
                 x_nat = images[start:end].astype(np.float32)
-                right = np.argmax(inference(x_adv, query), 1) == labels[start:end]
-                fooled = ~right & (np.argmax(inference(x_nat, query), 1) == labels[start:end])
-                correct += int(right.sum())
+                right[start:end] = np.argmax(inference(x_adv, query), 1) == labels[start:end]
+                fooled = ~right[start:end] & (
+                    np.argmax(inference(x_nat, query), 1) == labels[start:end])
                 change = (x_adv - x_nat).reshape(end - start, -1)[fooled]
                 sizes += list(np.linalg.norm(change / 255, axis=1))
-            low, high = wilson_interval(correct, n)
+            low, high = wilson_interval(right.sum(), n)
+            results.append({'attack': name, 'source': source, 'inference': inference.mode,
+                            'accuracy': float(right.mean()), 'interval': [low, high],
+                            'num_examples': n, 'right': as_digits(right),
+                            'seconds': round(seconds, 3)})
             size = f', median L2 {np.median(sizes):.4f} of {len(sizes)}' if name in (
                 'cw', 'deepfool') and sizes else ''
-            print(f'{name:<11}{source:<11}{100 * correct / n:6.2f}% [{100 * low:.2f}, '
+            print(f'{name:<11}{source:<11}{100 * right.mean():6.2f}% [{100 * low:.2f}, '
                   f'{100 * high:.2f}], n = {n}{size}; {seconds:.0f} s', flush=True)
+
+    if flags.FLAGS.output:
+        with replacing(flags.FLAGS.output) as f:
+            json.dump({'checkpoint_digest': checkpoint_digest(checkpoint),
+                       'data': data_digest(data), 'config': config, 'results': results,
+                       'provenance': provenance()}, f)
 
 
 if __name__ == '__main__':
@@ -278,4 +295,5 @@ if __name__ == '__main__':
                         f'something is drawn: {", ".join(ATTACKS_WHERE_DRAWN)}, or all.')
     flags.DEFINE_enum('inference', 'pn', ['pn', *FORMS], 'What answers, and is attacked.')
     flags.DEFINE_string('autoattack', None, 'Folder of a clone of fra31/auto-attack.')
+    flags.DEFINE_string('output', None, 'Write the results to this JSON file.')
     run(main)
