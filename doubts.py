@@ -14,7 +14,7 @@ from pgd_attack import margin
 from shaping import MAX_GRADIENT_IMAGES
 
 INDIRECT = ('shaping', 'transfer')  # their batches, or weights, are others than those that judge
-BY_GRADIENTS = ('adaptive', 'adaptive_pgd', 'apgd', 'apgd_eot', 'pgd')
+BY_GRADIENTS = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd', 'apgd_eot', 'pgd')
 LEVEL = 0.05  # of the one-sided test by which one attack leaves less than another
 
 # A flag: what it says of a row
@@ -25,6 +25,7 @@ FLAGS = {
                     'spent on is not known to survive (reproduce.py neighbours)',
     'zero gradients': 'the gradient vanishes on some images',
     'masked gradients': 'square leaves less than an attack by gradients',
+    'beaten by transfer': 'an attack through other norms, or another model, leaves less',
     'more steps': 'twice the steps leave less',
     'more restarts': 'twice the runs leave less',
     'more draws': 'twice the draws leave less',
@@ -35,7 +36,8 @@ UNRELIABLE = set(FLAGS) - {'random answer'}
 # What --check looks for: the keys of which it takes twice the value, where the attack has them
 DOUBLED = {'more steps': ('num_steps', 'apgd_num_steps'), 'more restarts': ('num_restarts',),
            'more draws': ('eot_draws',)}
-LAST_ITERATE = ('pgd', 'adaptive_pgd')  # they return it, whatever they met on the way
+# They return their last iterate, whatever they met on the way
+LAST_ITERATE = ('pgd', 'adaptive_pgd', 'adaptive_weak')
 
 
 def is_direct(name, settings, mode):
@@ -117,12 +119,14 @@ def fewer(strong, weak, level=LEVEL):
     return chance(strong, weak) <= level
 
 
-def flags_of(result, probe, right):
+def flags_of(result, probe, right, transferred=()):
     """Returns {flag: whether it is seen} of those in FLAGS that cost next to nothing to look for.
 
     Args:
         result: as eval.evaluate_attack returns it. probe: the Probe of its inference mode.
-        right: {attack: bool [draws, n]} under this mode, of all attacks that were run.
+        right: {attack: bool [draws, n]} under this mode, of all attacks that were run: which images
+            are answered rightly, or have no example within epsilon.
+        transferred: those of them that are transferred.
     """
     name, mode = result['attack'], result['inference']
     direct = is_direct(name, result, mode)
@@ -133,9 +137,17 @@ def flags_of(result, probe, right):
     if direct and name in BY_GRADIENTS:
         seen['zero gradients'] = probe.zero_gradients > 0
         if 'square' in right:
-            n = min(right['square'].shape[1], right[name].shape[1])
-            seen['masked gradients'] = fewer(right['square'][:, :n], right[name][:, :n])
+            seen['masked gradients'] = fewer(*first_of_both(right['square'], right[name]))
+        if transferred:
+            seen['beaten by transfer'] = any(
+                fewer(*first_of_both(right[other], right[name])) for other in transferred)
     return seen
+
+
+def first_of_both(a, b):
+    """Returns those of two bool [draws, n] that are of the images that both have."""
+    n = min(a.shape[1], b.shape[1])
+    return a[:, :n], b[:, :n]
 
 
 def flagged(seen):

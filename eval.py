@@ -212,7 +212,8 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
 
     for mode in modes:
         judge = next(judge for judge in judges if judge[0] == mode)
-        right = {name: of_attack.right for name, of_attack in judged[judge].items()}
+        right = {name: of_attack.right | ~of_attack.in_ball
+                 for name, of_attack in judged[judge].items()}
         add_flags([r for r in results if r['inference'] == mode], model, data, config, judge,
                   judges[judge], right, num_draws, check)
     worst = worst_cases(judged, config)
@@ -224,14 +225,15 @@ def add_flags(results, model, data, config, judge, inference, right, num_draws, 
 
     Args:
         judge: (mode, inference shaping ratio or None). inference: what it is.
-        right: {attack: bool [draws, n]}. check: see evaluate.
+        right: {attack: bool [draws, n]}, see doubts.flags_of. check: see evaluate.
     """
     images, labels = eval_examples(data, config)
+    transferred = [r['attack'] for r in results if doubts.is_transferred(r['attack'], r, judge[0])]
     first = slice(0, config['eval_batch_size'])
     probe = doubts.Probe(inference, images[first], labels[first])
     for result in results:
         name = result['attack']
-        seen = doubts.flags_of(result, probe, right)
+        seen = doubts.flags_of(result, probe, right, transferred)
         if check and name in doubts.BY_GRADIENTS and doubts.is_direct(name, result, judge[0]):
             seen |= check_attack(name, model, data, config, judge, inference, right[name],
                                  num_draws)
@@ -402,7 +404,10 @@ class Found:
         """Has a judge, f(images, query) -> logits, classify the examples from `start` on."""
         right = self.right[judge]
         for draw, query in enumerate(queries_of(batch, len(right))):
-            logits = classify(x_adv, query)
+            logits = np.asarray(classify(x_adv, query))
+            if not np.isfinite(logits).all():  # the largest of NaNs is the first class
+                raise UserError(f'logits under {judge[0]} are NaN or infinite; expected a model '
+                                'whose training did not diverge')
             predicted = np.argmax(logits, 1)
             right[draw, start:start + len(y)] = predicted == y
             self.xent[judge][batch] += float(tf.reduce_sum(

@@ -36,8 +36,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from config import (SAVED_MODEL, begin, config_from_flags, define_model_flags, load_config,
-                    of_training, store_config)
+from config import (PRECISIONS, SAVED_MODEL, begin, config_from_flags, define_model_flags,
+                    load_config, of_training, store_config)
 from running.program import run
 
 if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
@@ -435,11 +435,18 @@ def names_on(card):
 def make_card(config, trained, served, origin, form):
     """Returns what stands beside the model: training, accuracies, threat model, input; a dict.
 
+    Beside released weights, the accuracies are those of their card, if the inference is the one
+    that they are of; `results_precision` says in which precision.
+
     Args:
         config: of the evaluation. trained: of the training. served: a Served.
     """
     mode = served.inference.mode
-    rows = rows_on(served.card, mode) if served.card else results_of(config, origin, mode)
+    if served.card:
+        rows = rows_on(served.card, mode) if form_of(mode, config) == form_of(mode, trained) else []
+        precision = precision_on(served.card)
+    else:
+        rows, precision = results_of(config, origin, mode), config['precision']
     clean = max((r for r in rows if r['attack'] == 'clean'),
                 key=lambda row: row['num_examples'], default=None)
     robust = min((r for r in rows if is_robust(r, config, mode)), key=worst_first, default=None)
@@ -454,14 +461,14 @@ def make_card(config, trained, served, origin, form):
                       **({'np_random_seed': config['np_random_seed']} if recorded else {})},
         'threat_model': {
             'norm': 'L-infinity', 'epsilon': config['epsilon'], 'pixels': '[0, 255]',
-            'attacker_knows': 'the weights, the recordings, the training images; not which '
-                              'recording a query draws, though adaptive assumes that, too'
-                              if recorded else 'the weights',
+            'attacker_knows': 'the weights, the recordings, the training images; adaptive also '
+                              'which recording a query draws' if recorded else 'the weights',
             'words': 'robust accuracy is at most what the strongest attack that was tried leaves; '
                      'nothing here is a certificate'},
         'clean_accuracy': clean, 'robust_accuracy': robust, 'results': rows,
         'results_from': served.card.get('made_by', 'the card beside the weights')
                         if served.card else 'eval.py',
+        'results_precision': precision if rows else None,
         'precision': config['precision'], 'training': of_training(trained),
         'provenance': provenance()}
 
@@ -494,6 +501,14 @@ def rows_on(card, mode):
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f'the card beside the weights has no accuracies: {brief(error)}; expected '
                         'what export.py wrote') from None
+
+
+def precision_on(card):
+    """Returns the precision of the rows on the card beside released weights, None if unknown."""
+    training = card.get('training')
+    stated = card.get('results_precision') or card.get('precision') or (
+        training.get('precision') if isinstance(training, dict) else None)
+    return stated if stated in PRECISIONS else None
 
 
 def results_of(config, origin, mode):

@@ -71,7 +71,7 @@ class Model(keras.Model):
         self.num_residual_units = num_residual_units
         self.num_classes = num_classes
         self.compute_type = tf.float32 if precision == 'float32' else tf.bfloat16
-        self.decay = BN_DECAY  # paper/population_norms.py tries others
+        self.norm_decay = BN_DECAY  # paper/population_norms.py tries others
         self.filters = [16] + [channels * width_factor for channels in (16, 32, 64)]
         self._by_name = {}
         self._build_model(tf.zeros([1, 32, 32, 3]), Norms(training=False))  # makes the variables
@@ -115,8 +115,8 @@ class Model(keras.Model):
         else:
             y, mean, variance = batch_norm_by_group(x, gamma, beta, norms.num_groups)
         if norms.update_population_norms and norms.num_groups == 1:
-            moving_mean.assign_sub((moving_mean - mean) * (1 - self.decay))
-            moving_variance.assign_sub((moving_variance - variance) * (1 - self.decay))
+            moving_mean.assign_sub((moving_mean - mean) * (1 - self.norm_decay))
+            moving_variance.assign_sub((moving_variance - variance) * (1 - self.norm_decay))
         if norms.record is not None:
             n = tf.cast(tf.size(x) // x.shape[-1], tf.float32)
             if self.synchronized:

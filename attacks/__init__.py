@@ -51,7 +51,8 @@ def make_attack(name, model, data, config, num_draws=1, inference=None):
     Args:
         name: a key of ATTACKS.
         data: a CIFAR10Data. config: the configuration.
-        num_draws: under how many draws each batch will be classified; direct attacks know them.
+        num_draws: under how many draws each batch will be classified; an attack that knows the draw
+            knows them all, but for hopskipjump, which knows the first.
         inference: what a direct attack goes through, a shaping.Inference. Default: bn_shaping.
     """
     file, maker = ATTACKS[name].split('.')

@@ -3,10 +3,11 @@
 PGD with momentum and a step size that halves itself, sample by sample, where a check finds no
 progress. Here it goes through any inference, under known draws (`adaptive`; `apgd` where nothing is
 drawn) or through fresh draws at every step (`apgd_eot`). Under population norms, it is APGD-CE and
-APGD-T of AutoAttack's standard version, which has nine targets (here as many as restarts), ranks
-them on the clean image (here on the strongest example so far), and has FAB-T and Square beside
-them; through fresh draws, it is the attack of its `rand` version: one draw's gradient is noise to
-who cannot know the draw.
+APGD-T of AutoAttack's standard version, with untargeted DLR between them. That version has nine
+targets (here as many as restarts), ranks them on the clean image (here on the strongest example so
+far, so that two runs may have one target), and has FAB-T and Square beside them. Through fresh
+draws, it is the attack of its `rand` version: one draw's gradient is noise to who cannot know the
+draw.
 """
 import numpy as np
 import tensorflow as tf
@@ -251,7 +252,7 @@ def apgd(model, data, config):
     return adaptive(Inference(model, 'pn'), data, config, 1)
 
 
-def adaptive(inference, data, config, num_draws):
+def adaptive(inference, data, config, num_draws, until_wrong=True):
     """Returns Auto-PGD through the draws that will answer; see attacks.make_attack.
 
     Test samples are placed as they will be: all that the inference leaves to chance is known. With
@@ -260,7 +261,8 @@ def adaptive(inference, data, config, num_draws):
     It runs num_restarts times on each loss: on cross-entropy, on the difference of logits ratio
     (DLR; three classes or more) and on targeted DLR (four or more; else on the target's
     cross-entropy), whose target is the r-th most probable wrong class in the r-th run. An image
-    that all known draws answer wrongly is not attacked again.
+    that all known draws answer wrongly is not attacked again; with until_wrong False it is, and
+    gets, of the examples that fewest draws answer rightly, the one of highest cross-entropy.
 
     Where the images of a batch share their norms (`bn`; `bn_shaping` with several queries in a
     batch), all of them stay in every run. Those that are answered wrongly keep their pixels, and so
@@ -281,7 +283,7 @@ def adaptive(inference, data, config, num_draws):
         for part in inference.parts(end - start, MAX_GRADIENT_IMAGES):
             a, b = start + part.start, start + part.end
             drawn = np.stack([inference.drawn(part, draw) for draw in draws])
-            batch = Batch(inference, images[a:b], labels[a:b], drawn)
+            batch = Batch(inference, images[a:b], labels[a:b], drawn, until_wrong)
             for number, (loss_func, restart) in enumerate(runs):
                 seed = config['np_random_seed'], len(runs) * a + number
                 batch.attack(attack, loss_func, seed, restart + 1)
@@ -301,18 +303,20 @@ class Batch:
     Args:
         inference: a shaping.Inference. images: [b, 32, 32, 3]. labels: [b].
         drawn: [draws, groups, size], the known draws for them.
+        until_wrong: leave an image alone once all known draws answer it wrongly.
     """
 
-    def __init__(self, inference, images, labels, drawn):
+    def __init__(self, inference, images, labels, drawn, until_wrong=True):
         self.inference, self.labels, self.drawn = inference, labels, drawn
+        self.until_wrong = until_wrong
         self.x_nat = self.x_adv = images.astype(np.float32)
         self.judged = None  # (cross-entropy, share right) of x_adv, [b] each
 
     def attack(self, attack, loss_func, seed, rank):
-        """Attacks the images that some draw answers rightly; keeps what is stronger."""
+        """Attacks the images that some draw answers rightly, or all; keeps what is stronger."""
         if self.judged is None:
             self.judged = self.judge(attack, self.x_adv)
-        active = self.judged[1] > 0
+        active = (self.judged[1] > 0) | (not self.until_wrong)
         if not active.any():
             return
         num_targets = int(self.inference.model.num_classes) - 1

@@ -27,8 +27,8 @@ def transfer(inference, data, config, num_draws):
     """Returns `adaptive` through the same inference of another model; see attacks.make_attack.
 
     The draws are those that will answer; recordings of the same images are made with the other
-    model's weights. Images that the other model answers wrongly under the known draws are left as
-    they are, as in `adaptive`: the attacker takes them for beaten. The cost is that of `adaptive`.
+    model's weights. Unlike in `adaptive`, an image that the other model answers wrongly is attacked
+    in every run all the same: the one that judges may answer it rightly.
 
     Raises:
         UserError: see source_of; also weights of another network.
@@ -37,5 +37,5 @@ def transfer(inference, data, config, num_draws):
     model = build_model(config, data.num_classes)
     model.load_madry_checkpoint(source)
     through = make_inference(model, inference.mode, data, config)
-    attack, settings = adaptive(through, data, config, num_draws)
+    attack, settings = adaptive(through, data, config, num_draws, until_wrong=False)
     return attack, {**settings, 'transfer_from': checkpoint_digest(source)[:16]}

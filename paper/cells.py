@@ -15,6 +15,8 @@ from paper.population_norms import NUM_BATCHES, set_population_norms
 from paper.published import DEFAULT, INFERENCES, PAPER_ATTACKS, SHAPED
 from paper.trainings import name_of
 from running import UserError
+from report import is_result
+from running.devices import device
 from running.files import replacing
 from running.results import provenance
 from running.unfinished import checkpoint_digest, path_of, remove, shards_of
@@ -83,8 +85,9 @@ class Evaluations:
         """Returns the evaluation `what`, which is not kept yet: computed, and kept in `path`."""
         print(f'Computing {self.name}: {what}', flush=True)
         unfinished = self.unfinished(what, identity)
-        evaluation = {'identity': json.loads(identity), 'provenance': provenance(),
-                      **compute(unfinished)}
+        found = compute(unfinished)
+        evaluation = {'identity': json.loads(identity),
+                      'provenance': {**provenance(), 'device': device()}, **found}
         os.makedirs(self.folder, exist_ok=True)
         with replacing(path) as f:
             json.dump(evaluation, f)
@@ -195,6 +198,10 @@ def networks(num_classes):
     return network
 
 
+class NotKept(UserError):
+    """A folder of stored evaluations does not hold the one that is asked for."""
+
+
 class StoredEvaluations(Evaluations):
     """The evaluations of one training that a folder holds: without weights, images or training.
 
@@ -244,19 +251,20 @@ class StoredEvaluations(Evaluations):
     def if_kept(self, get, *args, **settings):
         try:
             return get(*args, **settings)
-        except UserError:
+        except NotKept:
             return None
 
     def get(self, what, identity, compute, other_digests=()):
         """Returns the evaluation `what` that is kept, of whatever weights and images.
 
         Raises:
-            UserError: none with this identity is kept, or one with another model's examples.
+            NotKept: none with this identity is kept.
+            UserError: one with another model's examples is.
         """
         key = json.dumps([self.name, what, identity], sort_keys=True)
         if key not in self.kept:
-            raise UserError(f'{self.folder} holds no {what} of {self.name}; expected one with its '
-                            'configuration')
+            raise NotKept(f'{self.folder} holds no {what} of {self.name}; expected one with its '
+                          'configuration')
         of_others = self.kept[key]['identity'][4:-1]
         if other_digests and of_others != list(other_digests):
             raise UserError(f'{self.folder} holds {what} of {self.name}, made with another model '
@@ -276,7 +284,7 @@ def is_evaluation(evaluation):
         return True
     results, right = evaluation['results'], evaluation.get('right')
     return (isinstance(results, list) and isinstance(right, list) and len(results) == len(right)
-            and all(isinstance(result, dict) and 'inference' in result for result in results)
+            and all(isinstance(result, dict) and is_result(result) for result in results)
             and all(isinstance(each, str) for each in (*right, evaluation.get('in_ball'))))
 
 

@@ -22,7 +22,8 @@ DEPLOYED = ('pn', 'bn_recorded')
 FULL_BUDGET = {'apgd_num_steps': 100, 'num_restarts': 5}
 FULL_BUDGET_FOR = (DEFAULT, 'pn'), (SHAPED, 'bn_recorded')
 HEADER = ['training', 'inference', 'images', 'clean', '`pgd`, made with `pn`', '`adaptive`',
-          'robust', '`adaptive`, full budget', 'against the default: clean', 'robust']
+          'robust', '`adaptive`, full budget', 'against the default: clean', 'robust',
+          'robust, both by `bn_recorded`']
 CAPTION = ('the first test images, as many as `images` says{evaluated}; accuracy in %, [95% Wilson '
            'intervals]; t: transferred; robust: what both attacks leave; full budget: 100 steps '
            'and five starts on each loss, on the first {n} test images; the default: '
@@ -43,14 +44,17 @@ def headline_rows(config, evaluations):
         robust = survivors(of_attacks, inference)
         ours = right_in_draws(of_attacks[0], inference), robust
         n = max(result['num_examples'] for result in results)
-        if (training.mode, inference) == (ADV_ONLY, 'pn'):
-            of_default[training.adversary, training.seed] = ours
+        of = training.adversary, training.seed
+        if training.mode == ADV_ONLY:
+            of_default[of, inference] = ours
+        alike = formats.against(ours, of_default.get((of, 'bn_recorded')))[1]
         few = f' (n = {len(robust)})' if len(robust) < n else ''
         rows.append([f'`{name_of(training, config)}`', f'`{inference}`', n,
                      *(formats.accuracy(result, n) for result in results),
                      formats.share(robust.mean(), wilson_interval(robust.sum(), len(robust))) + few,
                      formats.accuracy(result_of(full, inference)) if full else '',
-                     *formats.against(ours, of_default.get((training.adversary, training.seed)))])
+                     *formats.against(ours, of_default.get((of, 'pn'))),
+                     alike if inference == 'bn_recorded' else ''])
     if not rows:
         raise UserError('no row of clean accuracy, pgd and adaptive is stored')
     return rows

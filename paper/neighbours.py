@@ -18,10 +18,10 @@ NUM_VICTIMS = 100
 NUM_HELPERS = (1, 5, 9)  # of the QUERIES - 1 beside a victim
 AT_ONCE = 10             # victims
 HEADER = ['training', 'inference', 'helpers', 'their pixels', 'before', 'after', 'victims turned']
-NOTE = ('A victim is turned where it was answered rightly before. Under `bn_recorded`, and where '
-        'each query has a batch of its own, the helpers are those of all rows above: not one bit '
-        "of a victim's logits changed. Own: the victim's own pixels are the attacker's, too, "
-        'within `epsilon`, and all of the batch is spent on this one image.')
+NOTE = ("A victim is turned where it was answered rightly before. Own: the victim's own pixels are "
+        "the attacker's, too, within `epsilon`, and all of the batch is spent on this one image. "
+        'Rows of `bn_recorded`, and of batches with one query: the helpers of all rows above that '
+        "are not `own` changed not one bit of a victim's logits.")
 
 
 # ---- what is measured

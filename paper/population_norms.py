@@ -102,7 +102,7 @@ def replay(data, config, wanted):
     goal = max(0, config['max_num_training_steps'] - wanted.stale)
     keras.utils.set_random_seed(config['tf_random_seed'])
     model, optimizer = build_model(config, data.num_classes), make_optimizer(config)
-    model.decay = wanted.decay
+    model.norm_decay = wanted.decay
     start = 0
     for prefix in checkpoints(config['model_dir']):  # the newest first
         step = step_of(prefix)

@@ -284,6 +284,22 @@ def test_masked_gradients_are_flagged(data, small_config):
     assert probe.random_answers == 0
 
 
+def test_an_attack_that_transferred_ones_beat_is_flagged(small_model, small_config, data):
+    """On the images that both were run on, and by more than chance; clean images are no attack."""
+    inference = make_inference(small_model, 'pn', data, small_config())
+    probe = doubts.Probe(inference, data.eval_data.xs[:4], data.eval_data.ys[:4])
+    row, right = {'attack': 'adaptive', 'inference': 'pn', 'norms': 'pn'}, np.ones([1, 50], bool)
+    for left, seen in ((50, False), (46, False), (45, True)):  # 5 of 50: 1 in 32
+        other = np.arange(50)[None] < left
+        found = doubts.flags_of(row, probe, {'adaptive': right, 'transfer': other}, ['transfer'])
+        assert found['beaten by transfer'] == seen
+        first = doubts.flags_of(row, probe, {'adaptive': right[:, :40], 'transfer': other},
+                                ['transfer'])
+        assert not first['beaten by transfer']
+    assert 'beaten by transfer' not in doubts.flags_of(row, probe, {'adaptive': right})
+    assert 'beaten by transfer' in doubts.UNRELIABLE
+
+
 @pytest.mark.parametrize('mode, size, shared', [
     ('bn', 20, True), ('pn', 20, False), ('bn_recorded', 20, False), ('bn_shaping', 20, True),
     ('bn_shaping', 4, False)])

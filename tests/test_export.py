@@ -399,6 +399,20 @@ def test_released_weights_are_exported_without_images_and_with_their_cards_numbe
     assert list(by_pn['input']) == ['images', 'checks']
 
 
+def test_numbers_of_another_inference_or_precision_are_not_passed_off_as_ones_own():
+    folder = f'{ROOT}/weights/cifar10_w32_1/pgd_shaping_in_attack_and_training_3to1'
+    of_training, checkpoint = load_config(f'{folder}/config.json'), f'{folder}/checkpoint-20000'
+    origin = {'checkpoint': checkpoint, 'step': 20000, 'checkpoint_digest': '', 'data': None}
+    def card(**settings):
+        config = {**of_training, 'model_dir': folder, **settings}
+        served = export.load_served(config, find_checkpoint(config), 'bn_recorded')
+        return export.make_card(config, of_training, served, origin, 'savedmodel')
+    own, other = card(precision='float32'), card(inference_shaping_ratio=3)
+    assert own['clean_accuracy']['accuracy'] == 0.7922
+    assert (own['precision'], own['results_precision']) == ('float32', 'mixed_bfloat16')
+    assert other['results'] == [] and other['clean_accuracy'] is other['robust_accuracy'] is None
+
+
 def test_the_cards_of_weights_have_numbers_of_both_inferences_that_are_served():
     folder = os.path.join(ROOT, 'weights', 'cifar10_w32_1', 'pgd_adv_only')
     config = load_config(f'{folder}/config.json')

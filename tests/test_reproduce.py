@@ -21,13 +21,14 @@ from paper.published import (ADV_ONLY, CLOSE, INFERENCE_RATIOS, INFERENCES, MODE
                              NORM_SHAPING, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, SAME, SHAPED,
                              Accuracy, Training)
 from paper.tables import TABLES
-from paper.trainings import config_of, train_if_missing
+from paper.trainings import config_of, train_if_missing, trained_on_others
 from pgd_attack import LinfPGDAttack
 import reproduce
 from running import UserError
 from running.unfinished import data_digest
 from shaping import INFERENCE_MODES
 from test_programs import program
+import train
 
 TINY = ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1', 'training_batch_size=16',
         'num_steps=1', 'step_size_schedule=[[0, 0.1]]', 'max_num_training_steps=1',
@@ -78,6 +79,18 @@ def test_a_model_that_is_there_is_not_trained_again(tmp_path, small_model, small
         train_if_missing('it', {**config, 'max_num_training_steps': 6}, config)
     with pytest.raises(UserError, match=r'holds another training: epsilon \(was 8.0, is 9.0\)'):
         train_if_missing('it', {**config, 'epsilon': 9.}, config)
+
+
+def test_a_model_that_was_trained_on_other_images_is_told(
+        tmp_path, small_model, small_config, data):
+    config, digest = small_config(model_dir=str(tmp_path)), data_digest(data)
+    prefix = f'{tmp_path}/checkpoint-7'
+    small_model.save_madry_checkpoint(prefix)  # of released weights: it does not say
+    assert not trained_on_others(config, digest)
+    for images, others in ((bytes.fromhex(digest), False), (bytes(32), True)):
+        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=[train.IMAGES], shape_and_slices=[''],
+                          tensors=[np.frombuffer(images, np.uint8)])
+        assert trained_on_others(config, digest) == others
 
 
 def test_a_finished_training_can_be_evaluated_in_another_precision(
@@ -940,4 +953,8 @@ def test_the_headline_is_what_both_attacks_leave():
     made = tables.section(TABLES['headline'], config, stored)
     assert 'Left out, their numbers are not stored: `pgd_natural`' in made.splitlines()[2]
     assert os.path.basename(default['model_dir']) == 'pgd_adv_only' and rows[
-        '`pgd_adv_only`', '`pn`'][8:] == ['', '']
+        '`pgd_adv_only`', '`pn`'][8:] == ['', '', '']
+    ours, theirs = (robust(name, 'bn_recorded') for name in (
+        os.path.basename(shaped['model_dir']), 'pgd_adv_only'))
+    alike = 100 * (ours.mean() - theirs.mean())
+    assert row[10].startswith(f'{alike:+.1f} [') and row[9][:4] != row[10][:4]

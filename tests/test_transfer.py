@@ -4,10 +4,12 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
 from attacks import ATTACKS, make_attack, other_weights
+from attacks.apgd import adaptive
 from eval import attacks_of, kept_files
 from model import Model
 from paper import tables
@@ -30,16 +32,23 @@ def other(small_model, tmp_path):
 
 
 @pytest.mark.parametrize('mode', ['pn', 'bn_recorded'])
-def test_transfer_from_the_model_itself_is_adaptive(
+def test_transfer_from_the_model_itself_is_adaptive_that_gives_no_image_up(
         small_model, small_config, data, transfer_from, mode):
+    """It turns whom that one turns; what is wrong already is attacked all the same."""
     config = small_config(num_recordings=5, **transfer_from)
     inference = make_inference(small_model, mode, data, config)
     (direct, of_direct), (transfer, settings) = (
         make_attack(name, small_model, data, config, 1, inference)
         for name in ('adaptive', 'transfer'))
-    examples = direct(0, 20).numpy()
-    assert (examples == transfer(0, 20).numpy()).all()
-    assert (examples != data.eval_data.xs[:20]).any()
+    x_nat, y = data.eval_data.xs[:20], data.eval_data.ys[:20]
+    examples, direct = transfer(0, 20).numpy(), direct(0, 20).numpy()
+    wrong, beaten, left = (np.argmax(inference(x, 0), 1) != y for x in (x_nat, direct, examples))
+    assert wrong.any() and not wrong.all() and left[beaten].all()
+    assert (direct[wrong] == x_nat[wrong]).all()
+    assert (examples != x_nat).any(axis=(1, 2, 3)).all()
+    loss = [tf.nn.sparse_softmax_cross_entropy_with_logits(y, inference(x, 0)).numpy()
+            for x in (x_nat, examples)]
+    assert (loss[1] > loss[0]).all()
     assert settings.pop('transfer_from') and settings == of_direct
 
 
@@ -48,10 +57,10 @@ def test_transfer_goes_through_the_other_model(small_model, small_config, data, 
     config = small_config(transfer_from=folder)
     inference, through = (make_inference(of, 'pn', data, config) for of in (small_model, model))
     attack, settings = make_attack('transfer', small_model, data, config, 1, inference)
-    direct, _ = make_attack('adaptive', model, data, config, 1, through)
-    ours, _ = make_attack('adaptive', small_model, data, config, 1, inference)
+    theirs, _ = adaptive(through, data, config, 1, until_wrong=False)
+    ours, _ = adaptive(inference, data, config, 1, until_wrong=False)
     examples = attack(0, 20).numpy()
-    assert (examples == direct(0, 20).numpy()).all() and (examples != ours(0, 20).numpy()).any()
+    assert (examples == theirs(0, 20).numpy()).all() and (examples != ours(0, 20).numpy()).any()
     assert settings['transfer_from'] == checkpoint_digest(f'{folder}/checkpoint-9')[:16]
 
 
