@@ -316,7 +316,7 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
 
     Every batch is verified to lie in its ball and in [0, 255] before it is counted. What an
     inference draws is the same for each attack (drawn by the batch's number), so that the attacks
-    are compared on equal terms.
+    are compared on equal terms. (Under `bn`, one on fewer images may have a smaller last batch.)
 
     Args:
         name, attack: an attack's name and what make_attack returned for it.

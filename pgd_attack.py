@@ -123,7 +123,10 @@ class LinfPGDAttack:
         return x
 
     def step(self, x, x_nat, reference, tail, *given):
-        """Returns the batch x [b, 32, 32, 3] one step on; reference: see `reference`."""
+        """Returns the batch x [b, 32, 32, 3] one step on; reference: see `reference`.
+
+        It raises the loss, as in the original; the paper's Eq. 4 and 5 have a minus there.
+        """
         stepped = x + self.step_size * tf.sign(self.gradient(x, reference, *given))
         stepped = masked(self.project(stepped, x_nat), x_nat, tail)
         stepped.set_shape(x_nat.shape)

@@ -269,9 +269,10 @@ def make_adversary(model, config, update_population_norms=True):
 
     perturb(x, x_nat, labels) -> X^(T), what the weight update sees: clean head and adversarial
     tail, as training_mode says (paper, Eq. 5 and section VI). With attack_norms `batch`, every
-    attack step normalizes by its own batch X^(i), to the letter. With `fixed`, one pass over the
-    natural batch X^(0) records the statistics of every normalization; they are constants to all
-    attack steps, so only the samples under attack pass through the network.
+    attack step normalizes by its own batch X^(i): Eq. 5, but for the original's random start, which
+    puts noise into the first one's tail, and its clip to [0, 255]. With `fixed`, one pass over the
+    natural batch records the statistics of every normalization; they are constants to all attack
+    steps, so only the samples under attack pass through the network.
 
     With several replicas, each works on its share (devices.shares), and x, x_nat and so on are all
     replicas' values. What is random is drawn for the whole batch, then divided.
