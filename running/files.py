@@ -54,17 +54,19 @@ def replacing(path, mode='w'):
     Raises:
         OSError: it cannot be written; its `filename` is set, for a message of one line.
     """
-    temporary = f'{path}.tmp'
+    temporary, ours = f'{path}.tmp', None
     try:
         with naming(path), open(temporary, mode, encoding=None if 'b' in mode else 'utf-8',
                                 opener=create) as f:
+            ours = os.fstat(f.fileno())
             yield f
             f.flush()
             os.fsync(f.fileno())
-            if not os.path.samestat(os.fstat(f.fileno()), os.lstat(temporary)):
+            if not os.path.samestat(ours, os.lstat(temporary)):
                 raise FileNotFoundError(errno.ENOENT, 'another program is writing it', str(path))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.remove(temporary)
+            if ours is not None and os.path.samestat(ours, os.lstat(temporary)):
+                os.remove(temporary)
         raise

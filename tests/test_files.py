@@ -68,6 +68,7 @@ def test_two_that_replace_one_file_never_move_a_half_into_place(folder):
             os.remove(folder / 'a.tmp')  # as the second one does, which then makes its own
             (folder / 'a.tmp').write_text('half of the sec')
     assert not (folder / 'a').exists()
+    assert (folder / 'a.tmp').read_text() == 'half of the sec'  # the second one's
 
 
 def test_the_log_and_the_lock_refuse_a_link(folder, target):

@@ -392,7 +392,7 @@ def test_the_checks_fail_where_an_attack_is_not_sound(broken, fault, small_confi
 
 def test_each_rule_gives_the_population_norms_that_it_names(small_model, small_config, data,
                                                             monkeypatch):
-    monkeypatch.setattr(population_norms, 'NUM_BATCHES', 60)
+    monkeypatch.setattr(population_norms, 'NUM_BATCHES', 30)
     config = small_config(training_mode='natural', data_augmentation=False,
                           max_num_training_steps=3)
     norms = population_norms.population_norms(small_model)
