@@ -5,7 +5,7 @@ import pytest
 from attacks.apgd import xent_loss
 from attacks.neighbours import ANY_IMAGE, QUERIES, NeighboursAttack
 from paper import neighbours
-from paper.cells import StoredEvaluations
+from paper.cells import NotKept, StoredEvaluations
 from paper.trainings import name_of
 from paper.published import ADV_ONLY, NORM_SHAPING, Training
 from running import UserError
@@ -125,7 +125,7 @@ def rows_of(config, found):
 
         def experiment(self, measure, identity, summarize):
             if measure.__name__ not in found:
-                raise UserError('not stored')
+                raise NotKept('not stored')
             return summarize(found[measure.__name__])
     names = [name_of(Training('pgd', mode), config) for mode in (ADV_ONLY, NORM_SHAPING)]
     return neighbours.neighbour_rows(config, dict.fromkeys(names, Kept()))

@@ -862,7 +862,9 @@ def test_a_table_that_is_left_out_leaves_no_doubt_of_an_older_one(tmp_path, monk
     *('{"identity": ["pgd_adv_only", "clean", "w", "i", {}], "in_ball": "1", ' + damage + '}'
       for damage in ('"results": [{}]', '"results": [], "right": 5',
                      '"results": [{}], "right": ["1"]', '"results": [5], "right": ["1"]',
-                     '"results": [{"inference": "pn"}], "right": [1]'))])
+                     '"results": [{"inference": "pn"}], "right": [1]',
+                     '"results": [{"attack": "pgd", "inference": "pn", "accuracy": 1, '
+                     '"num_examples": 1}], "right": ["1"]'))])  # no interval
 def test_what_is_no_evaluation_is_named(tmp_path, contents):
     (tmp_path / 'pgd_adv_only-x.json').write_text(contents)
     with pytest.raises(UserError, match='pgd_adv_only-x.json is not what reproduce.py keeps'):

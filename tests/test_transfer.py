@@ -92,6 +92,9 @@ def test_a_cell_of_transfer_names_its_source_and_is_found_without_weights(
     assert ours.attack('transfer', ('pn',), source=ours) != found
     stored = {name: StoredEvaluations(name, of.config, cells) for name, of in evaluations.items()}
     assert stored['ours'].attack('transfer', ('pn',), source=stored['theirs']) == found
+    stored['theirs'].digests = ['of others']
+    with pytest.raises(UserError, match='made with another model'):
+        stored['ours'].if_kept(stored['ours'].attack, 'transfer', ('pn',), source=stored['theirs'])
     with pytest.raises(UserError, match='holds no transfer-from-ours of theirs'):
         stored['theirs'].attack('transfer', ('pn',), source=stored['ours'])
 
