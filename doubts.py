@@ -137,17 +137,17 @@ def flags_of(result, probe, right, transferred=()):
     if direct and name in BY_GRADIENTS:
         seen['zero gradients'] = probe.zero_gradients > 0
         if 'square' in right:
-            seen['masked gradients'] = fewer(*first_of_both(right['square'], right[name]))
+            seen['masked gradients'] = fewer(*first_of_all(right['square'], right[name]))
         if transferred:
             seen['beaten by transfer'] = any(
-                fewer(*first_of_both(right[other], right[name])) for other in transferred)
+                fewer(*first_of_all(right[other], right[name])) for other in transferred)
     return seen
 
 
-def first_of_both(a, b):
-    """Returns those of two bool [draws, n] that are of the images that both have."""
-    n = min(a.shape[1], b.shape[1])
-    return a[:, :n], b[:, :n]
+def first_of_all(*right):
+    """Returns those of several bool [n] or [draws, n] that are of samples that all of them have."""
+    n = min(each.shape[-1] for each in right)
+    return [each[..., :n] for each in right]
 
 
 def flagged(seen):

@@ -46,12 +46,13 @@ from cifar10_input import eval_examples, load_data
 from paper.cells import Evaluations, StoredEvaluations, networks
 from paper.published import NORM_SHAPING
 from paper.tables import TABLES, check_clean_samples, section, trainings_of
-from paper.trainings import train_if_missing, trained_on_others
+from paper.trainings import train_if_missing
 from report import save_figure
 from running import UserError
 from running.devices import leave_gpus
 from running.files import replacing
 from running.unfinished import data_digest
+from train import trained_on_others
 
 
 def main(words):
@@ -143,13 +144,14 @@ def train_and_load(tables, trainings, config, folder):
     os.makedirs(folder, exist_ok=True)
     store_config(config, os.path.join(folder, 'config.json'))
     model_of, digest = networks(data.num_classes), data_digest(data)
-    for name, of_training in trainings.items():
-        if trained_on_others(of_training, digest):
+    evaluations = {name: Evaluations(name, of_training, data, digest, model_of(of_training),
+                                     os.path.join(config['model_dir'], 'cells'))
+                   for name, of_training in trainings.items()}
+    for name, of_training in evaluations.items():
+        if trained_on_others(of_training.checkpoint, digest):
             print(f'{name} was trained on other images or labels than data_path '
                   f'{config["data_path"]} holds; what is missing is evaluated on these', flush=True)
-    return {name: Evaluations(name, of_training, data, digest, model_of(of_training),
-                              os.path.join(config['model_dir'], 'cells'))
-            for name, of_training in trainings.items()}
+    return evaluations
 
 
 def check_same_images(evaluations, stored):

@@ -638,10 +638,21 @@ def check_same_origin(config, prefix, origin):
         except (ValueError, TypeError, RecursionError) as error:  # a UserError is a ValueError
             raise UserError(f'{prefix}: {TRAINING} is no configuration: {brief(error)}') from None
         refuse_changes(config, stored)
-    images = read_record(prefix, reader, IMAGES, tf.uint8, 1)
-    if images is not None and IMAGES in origin and not np.array_equal(images, origin[IMAGES]):
+    if trained_on_others(prefix, origin[IMAGES].tobytes().hex() if IMAGES in origin else None):
         raise UserError(f'{prefix} was trained on other images or labels than data_path '
                         f'{config["data_path"]} holds; expected the same, or another model_dir')
+
+
+def trained_on_others(prefix, digest):
+    """Whether a checkpoint says that it was trained on other images or labels.
+
+    Released weights, and checkpoints of older versions, do not say.
+
+    Args:
+        digest: unfinished.data_digest of the images at hand; None: they are not compared.
+    """
+    images = read_record(prefix, tf.train.load_checkpoint(prefix), IMAGES, tf.uint8, 1)
+    return images is not None and digest is not None and images.tobytes().hex() != digest
 
 
 def read_record(prefix, reader, name, dtype, rank):

@@ -14,8 +14,8 @@ from model import build_model
 from paper.population_norms import NUM_BATCHES, set_population_norms
 from paper.published import DEFAULT, INFERENCES, PAPER_ATTACKS, SHAPED
 from paper.trainings import name_of
-from running import UserError
 from report import is_result
+from running import UserError
 from running.devices import device
 from running.files import replacing
 from running.results import provenance

@@ -8,11 +8,11 @@ from attacks import DIRECT
 from attacks.random_search import RANDOM_DRAWS
 from cifar10_input import eval_examples
 from config import relevant
-from doubts import Probe, chance, doubled, fewer
+from doubts import Probe, chance, doubled, fewer, first_of_all
 from eval import lost_iterates, make_judges, run_direct
 from paper import formats
 from paper.cells import JUDGES, SLOW_ATTACKS, result_of, right_of
-from paper.intervals import first_of_all, paired_difference
+from paper.intervals import paired_difference
 from paper.published import DEFAULT, MODES, PAPER_TABLES, SHAPED, Training
 from paper.trainings import name_of
 from shaping import FORMS

@@ -3,9 +3,10 @@ import math
 import textwrap
 
 from attacks import DIRECT
+from doubts import first_of_all
 from paper import formats
 from paper.cells import NUM_DRAWS, right_in_draws
-from paper.intervals import FEW_PAIRS, first_of_all, paired_difference
+from paper.intervals import FEW_PAIRS, paired_difference
 from paper.published import (CLAIMS, CLOSE, INFERENCE_RATIOS, MORE, NO_MORE, NOT_COMPARABLE,
                              SAME, paper_difference)
 from paper.trainings import name_of

@@ -1,7 +1,7 @@
 """How numbers are shown in the tables: percent, points, intervals, Markdown."""
-from doubts import is_transferred, shares_norms
+from doubts import first_of_all, is_transferred, shares_norms
 from paper.cells import result_of, right_in_draws
-from paper.intervals import first_of_all, paired_difference
+from paper.intervals import paired_difference
 
 
 def percent(value):

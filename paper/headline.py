@@ -5,10 +5,10 @@ Of stored numbers, on the most images that all three evaluations of a row were r
 import numpy as np
 
 from attacks import DIRECT
+from doubts import first_of_all
 from eval import wilson_interval
 from paper import formats
 from paper.cells import result_of, right_in_draws, right_of
-from paper.intervals import first_of_all
 from paper.published import ADV_ONLY, DEFAULT, MODES, NATURAL, PAPER_TABLES, SHAPED, Training
 from paper.trainings import name_of
 from running import UserError
@@ -47,14 +47,14 @@ def headline_rows(config, evaluations):
         of = training.adversary, training.seed
         if training.mode == ADV_ONLY:
             of_default[of, inference] = ours
-        alike = formats.against(ours, of_default.get((of, 'bn_recorded')))[1]
         few = f' (n = {len(robust)})' if len(robust) < n else ''
         rows.append([f'`{name_of(training, config)}`', f'`{inference}`', n,
                      *(formats.accuracy(result, n) for result in results),
                      formats.share(robust.mean(), wilson_interval(robust.sum(), len(robust))) + few,
                      formats.accuracy(result_of(full, inference)) if full else '',
                      *formats.against(ours, of_default.get((of, 'pn'))),
-                     alike if inference == 'bn_recorded' else ''])
+                     formats.against(ours, of_default.get((of, inference)))[1]
+                     if inference == 'bn_recorded' else ''])
     if not rows:
         raise UserError('no row of clean accuracy, pgd and adaptive is stored')
     return rows

@@ -8,12 +8,6 @@ FEW_PAIRS = 25   # with fewer pairs that disagree, an interval is exact, not a n
 NUM_RESAMPLES, SEED = 2000, 0  # of a bootstrap
 
 
-def first_of_all(*right):
-    """Returns those of several bool [n] or [draws, n] that are of samples that all of them have."""
-    n = min(each.shape[-1] for each in right)
-    return [each[..., :n] for each in right]
-
-
 def paired_difference(a, b):
     """Returns the accuracy of a less that of b and its 95% interval, (difference, [low, high]).
 

@@ -6,13 +6,14 @@ from typing import NamedTuple
 from attacks import DIRECT
 from attacks.neighbours import QUERIES
 from attacks.shaping import check_batch
+from doubts import first_of_all
 from eval import WORST, WORST_IN_BALL
 from model import network_name
 from paper import (binarization, checks, claims, curves, experiments, formats, gallery, headline,
                    neighbours, plots, scales, variations)
 from paper.cells import (JUDGES, attacks_on, available, from_digits, result_of, right_in_draws,
                          right_of, worst_cases_of)
-from paper.intervals import first_of_all, paired_difference
+from paper.intervals import paired_difference
 from paper.population_norms import RULES
 from paper.published import (ADV_ONLY, CLAIMS, DEFAULT, IN_TRAINING, INFERENCE_RATIOS, INFERENCES,
                              MODES, NORM_SHAPING, PAPER_ADAPTIVE, PAPER_RATIOS, PAPER_TABLES,

@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 
-import tensorflow as tf
-
 from config import SCHEMA, load_config
 from model import newest_intact
 from paper.published import ADV_ONLY
@@ -142,19 +140,6 @@ def trained_precision(of_training):
     """Returns the precision in which a training's folder was trained, or will be."""
     path = os.path.join(of_training['model_dir'], 'config.json')
     return (load_config(path) if os.path.exists(path) else of_training)['precision']
-
-
-def trained_on_others(of_training, digest):
-    """Whether a finished training's checkpoint says that it was trained on other images.
-
-    Released weights, and checkpoints of older code, do not say.
-
-    Args:
-        digest: unfinished.data_digest of the images at hand.
-    """
-    prefix = newest_intact(of_training['model_dir'])
-    images = train.read_record(prefix, tf.train.load_checkpoint(prefix), train.IMAGES, tf.uint8, 1)
-    return images is not None and images.tobytes().hex() != digest
 
 
 def train_if_missing(name, of_training, config, options=()):

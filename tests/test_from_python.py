@@ -19,8 +19,8 @@ STEPS = 13
 
 
 def configuration(folder, **settings):
-    return {**load_config(None, [word.partition('=')[2] for word in kills.command(
-        str(folder), STEPS)[3:]]), 'num_output_steps': 5, 'num_checkpoint_steps': 3, **settings}
+    return {**load_config(None, kills.settings(folder, STEPS)), 'num_output_steps': 5,
+            'num_checkpoint_steps': 3, **settings}
 
 
 @pytest.fixture

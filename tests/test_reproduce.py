@@ -21,7 +21,7 @@ from paper.published import (ADV_ONLY, CLOSE, INFERENCE_RATIOS, INFERENCES, MODE
                              NORM_SHAPING, PAPER_ATTACKS, PAPER_RATIOS, PAPER_TABLES, SAME, SHAPED,
                              Accuracy, Training)
 from paper.tables import TABLES
-from paper.trainings import config_of, train_if_missing, trained_on_others
+from paper.trainings import config_of, train_if_missing
 from pgd_attack import LinfPGDAttack
 import reproduce
 from running import UserError
@@ -82,15 +82,14 @@ def test_a_model_that_is_there_is_not_trained_again(tmp_path, small_model, small
 
 
 def test_a_model_that_was_trained_on_other_images_is_told(
-        tmp_path, small_model, small_config, data):
-    config, digest = small_config(model_dir=str(tmp_path)), data_digest(data)
-    prefix = f'{tmp_path}/checkpoint-7'
+        tmp_path, small_model, data):
+    digest, prefix = data_digest(data), f'{tmp_path}/checkpoint-7'
     small_model.save_madry_checkpoint(prefix)  # of released weights: it does not say
-    assert not trained_on_others(config, digest)
+    assert not train.trained_on_others(prefix, digest)
     for images, others in ((bytes.fromhex(digest), False), (bytes(32), True)):
         tf.raw_ops.SaveV2(prefix=prefix, tensor_names=[train.IMAGES], shape_and_slices=[''],
                           tensors=[np.frombuffer(images, np.uint8)])
-        assert trained_on_others(config, digest) == others
+        assert train.trained_on_others(prefix, digest) == others
 
 
 def test_a_finished_training_can_be_evaluated_in_another_precision(
