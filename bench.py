@@ -429,6 +429,8 @@ def main():
                         'cross-entropy; expected xent with --against torch')
     if 'torch' in against:
         import_torch()
+    if flags.FLAGS['steps'].present and flags.FLAGS.query:
+        raise UserError('--query times no training steps; expected it without --steps')
     if against and flags.FLAGS.query:
         raise UserError('--query times our inference modes, --against other ways to train; '
                         'expected one of them')

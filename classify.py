@@ -63,8 +63,9 @@ def main(paths):
     if num_votes is None:
         num_votes = min(20, num_recordings)
     if not 1 <= num_votes <= num_recordings:
-        raise UserError(f'--num_votes must be an integer, 1 to {num_recordings}, the number of '
-                        f'recordings, got {num_votes}')
+        most = f'1 to {num_recordings}, the number of recordings' if num_recordings > 1 else (
+            '1, as population norms are one')
+        raise UserError(f'--num_votes must be an integer, {most}, got {num_votes}')
 
     # Classify
     answer = classify(np.stack([image for _, image in named]), num_votes=tf.constant(num_votes))

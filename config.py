@@ -21,6 +21,7 @@ from running.untrusted import parse_json, read_json
 
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config.json')
 SAVED_MODEL = 'saved_model.pb'  # TensorFlow's name for an exported model's file
+ONNX_MODEL = 'model.onnx'
 MAX_INTEGER = 2 ** 31 - 1
 TRAINING_MODES = ('natural', 'adv_only', 'shaping_in_training', 'shaping_in_attack_and_training')
 ADVERSARIES = ('pgd', 'trades')
@@ -156,8 +157,10 @@ SCHEMA = {
     'distribution': Key(*_choice(*DISTRIBUTIONS), 'devices'),
     'batch_norms': Key(*_choice(*BATCH_NORMS), 'devices'),
     'fgsm_epsilon': Key(*_number(0, 255), 'attack', ('fgsm',)),
-    'apgd_num_steps': Key(*_integer(1), 'attack', ('apgd', 'adaptive', 'apgd_eot', 'transfer')),
-    'num_restarts': Key(*_integer(1), 'attack', ('apgd', 'adaptive', 'transfer'), before=1),
+    'apgd_num_steps': Key(*_integer(1), 'attack', (
+        'apgd', 'adaptive', 'retry', 'apgd_eot', 'transfer')),
+    'num_restarts': Key(*_integer(1), 'attack', ('apgd', 'adaptive', 'retry', 'transfer'),
+                        before=1),
     'eot_draws': Key(*_integer(1), 'attack', ('apgd_eot',)),
     'square_queries': Key(*_integer(1), 'attack', ('square',)),
     'transfer_from': Key(lambda value: value == '' or _text(value),
@@ -357,8 +360,12 @@ def config_in(folder, settings):
         if key == 'model_dir' and os.path.normpath(str(value)) != os.path.normpath(folder):
             raise UserError(f'{folder} and --set model_dir={value} each name a folder; expected '
                             'one of them')
-    return load_config(os.path.join(folder, 'config.json'),
-                       [*settings, f'model_dir={json.dumps(folder)}'])
+    path = os.path.join(folder, 'config.json')
+    if not os.path.isfile(path):
+        fault = 'holds no config.json' if os.path.isdir(folder) else 'is no folder'
+        raise UserError(f'{folder} {fault}; expected the folder of a training, or one in weights/ '
+                        '(eval.py takes a checkpoint alone by --checkpoint)')
+    return load_config(path, [*settings, f'model_dir={json.dumps(folder)}'])
 
 
 def config_of_model():
@@ -375,6 +382,9 @@ def config_of_model():
     if flags.FLAGS.config:
         raise UserError('--model and --config each name a configuration; expected one of them')
     if not os.path.isfile(os.path.join(folder, SAVED_MODEL)):
+        if os.path.isfile(os.path.join(folder, ONNX_MODEL)):
+            raise UserError(f'{folder} is an ONNX export, which classify.py does not run; expected '
+                            'a SavedModel, or the folder of a training')
         return config_in(folder, settings)
     if settings:
         raise UserError(f'--set changes nothing in {folder}, which is an exported model; expected '

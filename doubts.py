@@ -150,6 +150,12 @@ def first_of_all(*right):
     return [each[..., :n] for each in right]
 
 
+def within(settings, epsilon):
+    """Returns whether all examples of an attack lie within epsilon, not only those that count."""
+    radius = settings.get('epsilon')
+    return radius is not None and radius <= epsilon
+
+
 def flagged(seen):
     """Returns what a result says of {flag: whether it is seen}, a dict."""
     flags = [flag for flag, is_seen in seen.items() if is_seen]
@@ -161,13 +167,16 @@ def of_worst(worst, results):
     """Returns what a worst case says of flags: what its strongest direct attack says.
 
     Its strongest one, where none is direct: that no transfer succeeds is no robustness. Where
-    `square` is the strongest, gradients were masked, and it may not be strong enough, either.
+    `square` is the strongest, gradients were masked, and it may not be strong enough, either. In a
+    ball, attacks that stay within it come first: of the others, only some examples count.
 
     Args:
         worst: a result over several attacks. results: flagged ones, those attacks' among them.
     """
     attacks = [result for result in results if result['inference'] == worst['inference']
                and result['attack'] in worst['attacks'] and result['attack'] != 'clean']
+    if 'epsilon' in worst:
+        attacks = [result for result in attacks if within(result, worst['epsilon'])] or attacks
     direct = [result for result in attacks
               if is_direct(result['attack'], result, worst['inference'])]
     strongest = min(direct or attacks,

@@ -57,14 +57,14 @@ import tensorflow as tf
 from cifar10_input import eval_examples, load_data
 import doubts
 from model import build_model, checkpoints, damage, find_checkpoint
-from pgd_attack import perturbation_fault
+from pgd_attack import finite, perturbation_fault
 from report import Outputs, print_comparison, print_table
 from running import UserError
 from running.arriving import arriving
 from running.devices import leave_gpus
 from running.unfinished import batches, checkpoint_digest, data_digest, path_of
 from running.untrusted import read_json
-from shaping import FORMS, Coupled, form_of, make_inference, queries_of
+from shaping import FORMS, Unfit, form_of, make_inference, queries_of
 
 WORST_IN_BALL = 'worst in ball'  # over the attacks that were run on all images
 WORST_DIRECT, WORST_TRANSFERRED = 'worst in ball, direct', 'worst in ball, transferred'
@@ -139,7 +139,7 @@ def evaluate_checkpoint(filename, model, data, config, request, outputs):
 
     # Attack and classify, batch by batch
     attacks, modes, num_draws, check = request
-    kept, samples = kept_files(outputs.unfinished, filename, of_data, config, attacks, modes,
+    kept, samples = kept_files(outputs.unfinished, of_weights, of_data, config, attacks, modes,
                                num_draws), {}
     results = evaluate(model, data, config, attacks, modes, num_draws, kept, samples, check)
 
@@ -193,7 +193,7 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
         through = next(iter(chosen.values())) if name in DIRECT else None
         try:
             attack = make_attack(name, model, data, config, num_draws, through)
-        except Coupled as error:
+        except Unfit as error:
             skipped.append(f'{label} is skipped: {error}')
             continue
         rounds.append((label, name, attack, chosen))
@@ -256,7 +256,7 @@ def check_attack(name, model, data, config, judge, inference, right, num_draws):
         return run_direct(name, model, data, {**few, **changed}, judge, inference, num_draws)
 
     seen = {flag: doubts.fewer(again(changed), right)
-            for flag, changed in doubts.doubled(name, config, inference.draws)}
+            for flag, changed in doubts.doubled(name, config, inference.is_random)}
     if name in doubts.LAST_ITERATE:
         seen['lost iterates'] = bool(np.any(lost_iterates(again, right, config)))
     return seen
@@ -345,7 +345,7 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
     for start, end in batches(kept, found.arrays(), n, batch_size, label, shard):
         x_nat, y = images[start:end].astype(np.float32), labels[start:end]
         begin = timer()
-        x_adv = np.asarray(perturb(start, end), np.float32)
+        x_adv = finite(perturb(start, end), f'pixels by {name}').astype(np.float32, copy=False)
         found.seconds += timer() - begin
         fault = perturbation_fault(x_nat, x_adv, settings['epsilon'])
         if fault:
@@ -404,10 +404,7 @@ class Found:
         """Has a judge, f(images, query) -> logits, classify the examples from `start` on."""
         right = self.right[judge]
         for draw, query in enumerate(queries_of(batch, len(right))):
-            logits = np.asarray(classify(x_adv, query))
-            if not np.isfinite(logits).all():  # the largest of NaNs is the first class
-                raise UserError(f'logits under {judge[0]} are NaN or infinite; expected a model '
-                                'whose training did not diverge')
+            logits = finite(classify(x_adv, query), f'logits under {judge[0]}')
             predicted = np.argmax(logits, 1)
             right[draw, start:start + len(y)] = predicted == y
             self.xent[judge][batch] += float(tf.reduce_sum(
@@ -422,16 +419,16 @@ def keep_first(kept, start, values):
     kept[start:start + len(values)] = values[:max(0, len(kept) - start)]
 
 
-def kept_files(folder, checkpoint, of_data, config, attacks, modes, num_draws=1):
+def kept_files(folder, of_weights, of_data, config, attacks, modes, num_draws=1):
     """Returns {label: path in folder} of where `evaluate` is to keep its finished batches.
 
     The labels are those of rounds_of.
 
     Args:
-        checkpoint: its prefix. of_data: unfinished.data_digest of the data.
+        of_weights, of_data: unfinished.checkpoint_digest and data_digest.
         config, attacks, modes, num_draws: as `evaluate` will get them.
     """
-    of_all = [checkpoint_digest(checkpoint), of_data, num_draws]
+    of_all = [of_weights, of_data, num_draws]
     return {label: path_of(folder, label.replace(' ', '_'), [
         *of_all, list(judging), name, num_examples(name, config), relevant(config, name),
         *other_weights(name, config)])
@@ -449,10 +446,10 @@ def worst_cases(judged, config):
     """Returns the results of the worst cases: which test samples survive several attacks.
 
     First over the attacks that were run on all images, and of these over the direct ones and over
-    the transferred ones, where there are both; then over all attacks, on the images that all were
-    run on. Under each judge over the attacks that it judged; `clean` alone makes no row. "In ball":
-    only the examples within epsilon count, so not FGSM's at 16 nor what C&W and DeepFool find
-    farther off. None where there is a single attack.
+    the transferred ones, where of both some stay within epsilon; then over all attacks, on the
+    images that all were run on. Under each judge over the attacks that it judged; `clean` alone
+    makes no row. "In ball": only the examples within epsilon count, so not FGSM's at 16 nor what
+    C&W and DeepFool find farther off. None where there is a single attack.
 
     Args:
         judged: {judge: {attack: Judged}}.
@@ -477,7 +474,8 @@ def worst_under(judge, judged, most, fewest, config):
     transferred = [name for name in on_all
                    if doubts.is_transferred(name, judged[name].settings, judge[0])]
     rows = [(WORST_IN_BALL, on_all, most), (WORST_CASE, [*judged], fewest)]
-    if direct and transferred:  # `clean` is neither, and in both: what is wrong stays wrong
+    # `clean` is neither, and in both: what is wrong stays wrong
+    if any_within(direct, judged, config) and any_within(transferred, judged, config):
         rows += [(WORST_DIRECT, [name for name in on_all if name not in transferred], most),
                  (WORST_TRANSFERRED, [name for name in on_all if name not in direct], most)]
     if fewest < most:
@@ -492,6 +490,11 @@ def worst_under(judge, judged, most, fewest, config):
                            if key != 'library'} for name in names}
         yield cell(worst, judge, np.all(survive, axis=0), config,
                    {'attacks': names, **ball, 'attack_settings': settings})
+
+
+def any_within(names, judged, config):
+    """Returns whether one of the attacks stays within epsilon with all of its examples."""
+    return any(doubts.within(judged[name].settings, config['epsilon']) for name in names)
 
 
 def cell(name, judge, right, config, settings):
@@ -540,9 +543,9 @@ def request_from_flags(config):
 
     A flag that would have no effect is refused, or told on stderr.
     """
-    attacks = attacks_of(flags.FLAGS.attack, config)
-    modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
     num_draws = flags.FLAGS.num_draws
+    attacks = attacks_of(flags.FLAGS.attack, config, num_draws)
+    modes = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
     if not 1 <= num_draws <= 1000:
         raise UserError(f'--num_draws must be an integer, 1 to 1000, got {num_draws}')
     if flags.FLAGS['num_draws'].present and not set(FORMS) & set(modes):
@@ -564,12 +567,15 @@ def request_from_flags(config):
     return Request(attacks, modes, num_draws, flags.FLAGS.check)
 
 
-def attacks_of(value, config):
-    """Returns the attacks that --attack names: all leaves transfer out where it has no model."""
+def attacks_of(value, config, num_draws=1):
+    """Returns the attacks that --attack names: all leaves out what lacks a model, or draws."""
     attacks = choice('attack', value, ATTACKS)
     if 'transfer' in attacks and 'transfer' not in value and not config['transfer_from']:
         attacks.remove('transfer')
         print('transfer is left out: transfer_from names no other model', flush=True)
+    if 'retry' in attacks and 'retry' not in value and num_draws < 2:
+        attacks.remove('retry')
+        print('retry is left out: it needs --num_draws 2 or more', flush=True)
     return attacks
 
 

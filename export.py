@@ -36,8 +36,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from config import (PRECISIONS, SAVED_MODEL, begin, config_from_flags, define_model_flags,
-                    load_config, of_training, store_config)
+from config import (ONNX_MODEL, PRECISIONS, SAVED_MODEL, begin, config_from_flags,
+                    define_model_flags, load_config, of_training, store_config)
 from running.program import run
 
 if __name__ == '__main__':  # before TensorFlow is imported: help and mistakes take no time
@@ -53,9 +53,7 @@ import running.quiet  # noqa: F401
 import numpy as np
 import tensorflow as tf
 
-from attacks import DIRECT
 from cifar10_input import CIFAR10Data, load_data
-from doubts import INDIRECT
 from model import build_model, find_checkpoint, network_name
 from running import UserError, brief, optional
 from running.devices import leave_gpus
@@ -67,7 +65,7 @@ from running.unfinished import checkpoint_digest, data_digest, file_digest
 from running.untrusted import map_array, read_json
 from shaping import Inference, RecordedInference, form_of
 
-FORMATS = {'savedmodel': SAVED_MODEL, 'onnx': 'model.onnx', 'weights': 'checkpoint'}
+FORMATS = {'savedmodel': SAVED_MODEL, 'onnx': ONNX_MODEL, 'weights': 'checkpoint'}
 AT_ONCE = 250  # images in one pass: a bound on memory, not on a request
 CARD = 'card.json'
 RECORDINGS = '.recordings.npy'  # behind the checkpoint's prefix
@@ -79,7 +77,7 @@ def main():
     # The checkpoint and the output: fail now, not after the recordings
     config, form, mode = config_from_flags(), flags.FLAGS.format, flags.FLAGS.inference
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
-    trained = config_beside(checkpoint, config)
+    trained = config_beside(checkpoint)
     if form == 'weights':
         check_same_training(config, trained, checkpoint)
         if mode == 'pn':
@@ -123,12 +121,12 @@ def main():
     shutil.rmtree(former, ignore_errors=True)
     print(f'Checkpoint {checkpoint}, step {served.step}: written to {output}')
     if not card['results']:
-        print(f'{CARD} has no accuracies: eval.py --inference {mode} has not been run on this '
-              'checkpoint', file=sys.stderr)
+        print(f'{CARD} has no accuracies: no row of eval.py --inference {mode} is of this '
+              'checkpoint with these recordings, precision and images', file=sys.stderr)
     elif not card['robust_accuracy']:
-        print(f'{CARD} has no robust accuracy: no direct attack in the ball was run on this '
-              'checkpoint, or a flag says that it failed; expected eval.py --attack adaptive '
-              f'--inference {mode} before', file=sys.stderr)
+        print(f'{CARD} has no robust accuracy: Auto-PGD through the norms that answer was not run '
+              'on this checkpoint, or a flag says that it failed; expected eval.py --attack '
+              f'adaptive --inference {mode} before', file=sys.stderr)
 
 
 def check_same_training(config, trained, checkpoint):
@@ -136,6 +134,9 @@ def check_same_training(config, trained, checkpoint):
 
     It is written beside the weights, which are float32 in any precision.
     """
+    if trained is None:
+        raise UserError(f'no config.json lies beside {checkpoint}, and --format weights writes the '
+                        "training's beside the weights; expected it there, or another --format")
     for key, value in of_training(trained).items():
         if value != config[key] and key != 'precision':
             raise UserError(f'{key} is {config[key]}, and {checkpoint} was trained with {value}: '
@@ -194,7 +195,7 @@ def load_served(config, checkpoint, mode, download=False):
     if mode == 'pn':
         inference = Inference(model, 'pn')
     elif card:
-        samples = config_beside(checkpoint, config)['recorded_samples']
+        samples = (config_beside(checkpoint) or config)['recorded_samples']
         if config['recorded_samples'] != samples:
             raise UserError(f'recorded_samples is {config["recorded_samples"]}, but {path} are of '
                             f'{samples} training images each; expected no other number')
@@ -375,6 +376,9 @@ def read_recordings(model, path, num_recordings):
     """
     table, of_one_image = map_array(path), model.record(tf.zeros([1, 32, 32, 3]))
     sizes = [len(values) for pair in of_one_image.values() for values in pair]
+    if table.ndim == 2 and len(table) != num_recordings:
+        raise UserError(f'num_recordings is {num_recordings}, and {path} holds {len(table)}; '
+                        'expected no other number')
     if table.dtype != np.float32 or table.shape != (num_recordings, sum(sizes)):
         raise UserError(f'{path} holds an array {list(table.shape)} of {table.dtype}; expected '
                         f'float32 [{num_recordings}, {sum(sizes)}]')
@@ -388,10 +392,10 @@ def read_recordings(model, path, num_recordings):
 # ---- its card
 
 
-def config_beside(checkpoint, config):
-    """Returns the configuration that a training stored beside its checkpoint, or `config`."""
+def config_beside(checkpoint):
+    """Returns the configuration that a training stored beside its checkpoint, or None."""
     path = os.path.join(os.path.dirname(checkpoint), 'config.json')
-    return load_config(path) if os.path.isfile(path) else config
+    return load_config(path) if os.path.isfile(path) else None
 
 
 def card_beside(checkpoint, config):
@@ -439,11 +443,12 @@ def make_card(config, trained, served, origin, form):
     that they are of; `results_precision` says in which precision.
 
     Args:
-        config: of the evaluation. trained: of the training. served: a Served.
+        config: of the evaluation. trained: of the training, None if unknown. served: a Served.
     """
     mode = served.inference.mode
     if served.card:
-        rows = rows_on(served.card, mode) if form_of(mode, config) == form_of(mode, trained) else []
+        same_form = form_of(mode, config) == form_of(mode, trained or config)
+        rows = rows_on(served.card, mode) if same_form else []
         precision = precision_on(served.card)
     else:
         rows, precision = results_of(config, origin, mode), config['precision']
@@ -469,7 +474,7 @@ def make_card(config, trained, served, origin, form):
         'results_from': served.card.get('made_by', 'the card beside the weights')
                         if served.card else 'eval.py',
         'results_precision': precision if rows else None,
-        'precision': config['precision'], 'training': of_training(trained),
+        'precision': config['precision'], 'training': trained and of_training(trained),
         'provenance': provenance()}
 
 
@@ -519,7 +524,8 @@ def results_of(config, origin, mode):
             **form_of(mode, config),
             **{key: origin[key] for key in ('checkpoint_digest', 'data')}}
     shown = ('attack', 'accuracy', 'interval', 'num_examples', 'epsilon', 'norms', 'attacks',
-             'num_draws', 'num_steps', 'flags', 'unreliable')
+             'num_draws', 'accuracy_all_draws', 'interval_all_draws', 'num_steps', 'flags',
+             'unreliable')
     return [{key: row[key] for key in shown if key in row}
             for folder in folders
             for row in read_results(os.path.join(folder, 'eval', 'results.json'))['results']
@@ -527,15 +533,15 @@ def results_of(config, origin, mode):
 
 
 def is_robust(row, config, mode='bn_recorded'):
-    """Returns whether a row is of an attack within the ball, a direct one, or the worst of several.
+    """Returns whether a row is of Auto-PGD through the norms that answer, or of several with it.
 
-    Of several, one at least must be direct: where all are transferred, that is no robust accuracy.
-    Nor is it what a flag calls unreliable. PGD made with `pn` is direct under `pn`.
+    What weaker attacks leave, or transferred ones, or those that look for the smallest
+    perturbation, is no robust accuracy; nor is what a flag calls unreliable.
     """
     attacks = row.get('attacks', [row['attack']])
-    direct = {*DIRECT, *(('pgd', 'apgd') if mode == 'pn' else ())} - {*INDIRECT}
+    strong = {'adaptive', 'apgd_eot', *(('apgd',) if mode == 'pn' else ())}
     return (row.get('epsilon') == config['epsilon'] and not row.get('unreliable')
-            and bool(set(attacks) & direct))
+            and bool(set(attacks) & strong))
 
 
 def worst_first(row):

@@ -144,8 +144,11 @@ class LinfPGDAttack:
         return cls(model, **pgd_settings(config), **norms)
 
     def before(self, x, x_nat, y, tail, *given):
-        """Returns the batch before the first step, and what the loss compares the logits with."""
-        return masked(x, x_nat, tail), self.reference(x_nat, y, *given)
+        """Returns the batch before the first step, and what the loss compares the logits with.
+
+        The copy makes it a value of this replica, as each step's is: the loop keeps one structure.
+        """
+        return tf.identity(masked(x, x_nat, tail)), self.reference(x_nat, y, *given)
 
     def reference(self, x_nat, y, *given):
         """Returns what the loss compares the logits with: the labels y [b]."""
@@ -199,6 +202,18 @@ def uniform_noise(like, seed):
     return 2. ** -31 * tf.cast(random_bits(like, seed), tf.float32)
 
 
+def finite(values, what):
+    """Returns values as an array. Raises UserError where one is NaN or infinite.
+
+    An accuracy would hide it: the largest of NaNs is the first class.
+    """
+    values = np.asarray(values)
+    if not np.isfinite(values).all():
+        raise UserError(f'{what} are NaN or infinite; expected a model whose training did not '
+                        'diverge')
+    return values
+
+
 def perturbation_fault(x_nat, x_adv, epsilon, slack=1e-4):
     """Returns what is wrong with adversarial examples, a line, or None if nothing is.
 
@@ -244,7 +259,7 @@ def main():
     for bstart, bend in appended(path, x_adv, config['eval_batch_size'], what, 'pgd'):
         seed = config['np_random_seed'], bstart
         x_adv[bstart:bend] = attack.perturb(images[bstart:bend], labels[bstart:bend], seed)
-    fault = perturbation_fault(images, x_adv, config['epsilon'])
+    fault = perturbation_fault(images, finite(x_adv, 'pixels by pgd'), config['epsilon'])
     if fault:
         raise RuntimeError(fault)
 

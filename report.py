@@ -10,7 +10,7 @@ from config import BASE, SCHEMA, load_config
 import tensorflow as tf
 
 from attacks import ATTACKS, num_examples
-from doubts import FLAGS, renewed
+from doubts import FLAGS, is_transferred, renewed
 from model import network_name
 from running import UserError, brief, optional
 from running.devices import device
@@ -143,8 +143,18 @@ def print_comparison(paths):
 
 def in_column(row):
     """Returns a cell of a comparison, 32 characters."""
-    transferred = 't' if row and 'transferred' in row.get('flags', ()) else ' '
+    transferred = 't' if row and all_transferred(row) else ' '
     return (f'{shown(row)} {transferred}{row["num_examples"]:>7}' if row else '-').rjust(32)
+
+
+def all_transferred(row):
+    """Returns whether a row is of transferred attacks alone. Older versions wrote no flags."""
+    if 'flags' in row:
+        return 'transferred' in row['flags']
+    attacks = row.get('attack_settings', {row['attack']: row})
+    return isinstance(attacks, dict) and all(
+        isinstance(settings, dict) and is_transferred(name, settings, row['inference'])
+        for name, settings in attacks.items() if name != 'clean') and {*attacks} != {'clean'}
 
 
 def results_file(path):
@@ -157,6 +167,9 @@ def results_file(path):
     for inner in (os.path.join('eval', 'results.json'), 'results.json'):
         if os.path.isfile(os.path.join(path, inner)):
             return os.path.join(path, inner)
+    if os.path.isdir(os.path.join(path, 'cells')):
+        raise UserError(f'{path} holds cells of reproduce.py, which --stored {path} shows; '
+                        'expected the folder of a training, or a file that eval.py wrote')
     raise UserError(f'{path} holds no eval/results.json; eval.py --model_dir {path} writes it')
 
 
@@ -167,7 +180,8 @@ def rows_of_last(path):
     for row in rows:
         if not is_result(row):
             raise UserError(f'{path}: a row has no attack, inference, accuracy, interval and '
-                            'num_examples; expected a file that eval.py wrote')
+                            'num_examples, or flags or data of another kind; expected a file that '
+                            'eval.py wrote')
     if not rows:
         raise UserError(f'{path} holds no rows; expected a file that eval.py wrote')
     last = contents.get('checkpoint'), contents.get('step')
@@ -189,8 +203,9 @@ def is_result(row):
     """Returns whether a dict has what each row of results has."""
     def number(value):
         return type(value) in (int, float) and math.isfinite(value)
-    interval = row.get('interval')
-    return (all(isinstance(row.get(key), str) and row[key].isprintable() and len(row[key]) < 100
+    interval, data = row.get('interval'), row.get('data')
+    return (isinstance(row.get('flags', []), list) and (data is None or isinstance(data, str))
+            and all(isinstance(row.get(key), str) and row[key].isprintable() and len(row[key]) < 100
                 for key in ('attack', 'inference'))
             and number(row.get('accuracy')) and isinstance(interval, list) and len(interval) == 2
             and all(map(number, interval)) and type(row.get('num_examples')) is int)
@@ -250,8 +265,6 @@ class Outputs:
         self.unfinished = f'{output}.unfinished' if output else os.path.join(self.folder,
                                                                             'unfinished')
         self.with_curves, self._curves = not output, None
-        stored = os.path.join(self.model_dir, 'config.json')
-        self._usual = load_config(stored if os.path.isfile(stored) else BASE)
         check_writable(self.path, 'a file in a folder that can be written, --output PATH')
         try:
             read_results(self.path)
@@ -286,10 +299,19 @@ class Outputs:
         if self.with_curves and own:
             self._curves = self._curves or Curves(self.folder)
             with self._curves.writing():
-                write_summaries(results, samples, data, step, config, self._usual)
+                write_summaries(results, samples, data, step, config, self._usual())
         if self.pictures:
             draw_pictures(self.pictures, samples, data, f'{checkpoint}, step {step}')
             print(f'Written to {self.pictures}', flush=True)
+
+
+    def _usual(self):
+        """Returns the configuration whose results have the original's tags: the training's.
+
+        Read when it is used: --watch may have begun before the training.
+        """
+        stored = os.path.join(self.model_dir, 'config.json')
+        return load_config(stored if os.path.isfile(stored) else BASE)
 
 
 def described(config):

@@ -21,12 +21,15 @@ import running.quiet  # noqa: F401
 from cifar10_input import eval_examples, load_data
 from eval import wilson_interval
 from model import build_model, find_checkpoint
-from pgd_attack import perturbation_fault
+from pgd_attack import finite, perturbation_fault
 from running import UserError, brief
 from running.devices import leave_gpus
 from running.files import replacing
+from running.results import check_writable
 from running.untrusted import map_array
 from shaping import make_inference
+
+PREDICTIONS = 'pred.npy'
 
 
 def run_attack(checkpoint, x_adv, data, config, mode):
@@ -44,7 +47,8 @@ def run_attack(checkpoint, x_adv, data, config, mode):
     eval_batch_size = config['eval_batch_size']
     y_pred = []  # label accumulator
     for ibatch, bstart in enumerate(range(0, len(x_adv), eval_batch_size)):
-        logits = classify(x_adv[bstart:bstart + eval_batch_size], ibatch)
+        logits = finite(classify(x_adv[bstart:bstart + eval_batch_size], ibatch),
+                        f'logits under {mode}')
         y_pred.append(np.argmax(logits, axis=1))
     y_pred = np.concatenate(y_pred)
 
@@ -53,9 +57,9 @@ def run_attack(checkpoint, x_adv, data, config, mode):
     print(f'{checkpoint}, {mode}')
     print(f'Accuracy: {100 * num_correct / len(labels):.2f}% '
           f'[{100 * low:.2f}, {100 * high:.2f}], n = {len(labels)}')
-    with replacing('pred.npy', 'wb') as f:
+    with replacing(PREDICTIONS, 'wb') as f:
         np.save(f, y_pred)
-    print('Output saved at pred.npy')
+    print(f'Output saved at {PREDICTIONS}')
 
 
 def load_examples(path, x_nat, epsilon):
@@ -85,6 +89,7 @@ def main():
     mode, *more = choice('inference', flags.FLAGS.inference, INFERENCE_MODES)
     if more:
         raise UserError('--inference: expected one mode at a time, as pred.npy holds one answer')
+    check_writable(PREDICTIONS, 'a working folder that can be written')
     leave_gpus(config)
     checkpoint = find_checkpoint(config, flags.FLAGS.checkpoint, flags.FLAGS.select)
     data = load_data(config, flags.FLAGS.download)

@@ -41,8 +41,8 @@ def masked(x, x_nat, tail):
 # ---- the inference modes
 
 
-class Coupled(UserError):
-    """An inference was given whose answers depend on a batch's other images; none such will do."""
+class Unfit(UserError):
+    """An attack was given an inference that it cannot go through."""
 
 
 class Part(NamedTuple):
@@ -143,7 +143,7 @@ class Inference:
         return num_images
 
     @property
-    def draws(self):
+    def is_random(self):
         """Whether anything is drawn."""
         return self.mode in FORMS
 

@@ -619,7 +619,8 @@ def refuse_changes(config, stored):
                if not may_change(key) and stored[key] != config[key]]
     if changed:
         raise UserError(f'{config["model_dir"]} holds another training: {", ".join(changed)}; '
-                        'expected another model_dir')
+                        'expected another model_dir, or --config '
+                        f'{config["model_dir"]}/config.json, which resumes that one')
 
 
 def check_same_origin(config, prefix, origin):

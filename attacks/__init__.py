@@ -24,6 +24,7 @@ ATTACKS = {
     'adaptive': 'apgd.adaptive',                 # Auto-PGD through the draw that will answer
     'adaptive_pgd': 'adaptive.adaptive_pgd',     # PGD, the same: the paper's adaptive attack
     'adaptive_weak': 'adaptive.adaptive_weak',   # PGD through another draw
+    'retry': 'retry.retry',                      # adaptive on each of several draws alone, in turn
     'apgd': 'apgd.apgd',                         # Auto-PGD, PN
     'apgd_eot': 'apgd.apgd_eot',                 # Auto-PGD through fresh draws at every step
     'square': 'square.square',                   # random search by scores, fresh draws
@@ -33,7 +34,7 @@ ATTACKS = {
 }
 # They go through the inference that judges them, and are made anew for each: 'direct'. (transfer
 # goes through the same inference of another model.)
-DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'apgd_eot', 'square', 'transfer',
+DIRECT = ('adaptive', 'adaptive_pgd', 'adaptive_weak', 'retry', 'apgd_eot', 'square', 'transfer',
           'hopskipjump')
 # They look for the smallest perturbation, whatever epsilon is
 MINIMUM_NORM = ('cw', 'deepfool', 'hopskipjump')
@@ -54,7 +55,12 @@ def make_attack(name, model, data, config, num_draws=1, inference=None):
         num_draws: under how many draws each batch will be classified; an attack that knows the draw
             knows them all, but for hopskipjump, which knows the first.
         inference: what a direct attack goes through, a shaping.Inference. Default: bn_shaping.
+
+    Raises:
+        ValueError: an unknown attack.
     """
+    if name not in ATTACKS:
+        raise ValueError(f'attack must be one of {", ".join(ATTACKS)}, got {name!r}')
     file, maker = ATTACKS[name].split('.')
     module = importlib.import_module(f'attacks.{file}')
     if name not in DIRECT:

@@ -68,7 +68,7 @@ def adaptive_weak(inference, data, config, num_draws):
 def _through(inference, data, config, num_draws, draws_for, num_draws_known):
     """Returns PGD through an inference; draws_for: f(queries) -> the draws to go through."""
     images, labels = eval_examples(data, config)
-    num_draws = num_draws if inference.draws else 1
+    num_draws = num_draws if inference.is_random else 1
     pgd = AdaptivePGD(inference, **pgd_settings(config))
 
     def perturb(start, end):
@@ -81,7 +81,7 @@ def _through(inference, data, config, num_draws, draws_for, num_draws_known):
                                         drawn))
         return tf.concat(examples, axis=0)
 
-    known = {'num_draws_known': num_draws_known} if inference.draws else {}
+    known = {'num_draws_known': num_draws_known} if inference.is_random else {}
     return perturb, {**pgd_settings(config), 'norms': inference.mode, **known,
                      **form_of(inference.mode, config), 'gradients': (
                          config['num_steps'] * num_draws * inference.number_forward_passes)}

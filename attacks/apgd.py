@@ -274,7 +274,7 @@ def adaptive(inference, data, config, num_draws, until_wrong=True):
     runs = [(loss_func, restart) for loss_func in loss_funcs_for(data.num_classes)
             for restart in range(config['num_restarts'])]
     attack = make_apgd(inference, data, config)
-    num_draws = num_draws if inference.draws else 1
+    num_draws = num_draws if inference.is_random else 1
 
     def perturb(start, end):
         draws = [inference.known(query)
@@ -290,7 +290,7 @@ def adaptive(inference, data, config, num_draws, until_wrong=True):
             examples.append(batch.x_adv)
         return tf.constant(np.concatenate(examples))
 
-    known = {'num_draws_known': num_draws} if inference.draws else {}
+    known = {'num_draws_known': num_draws} if inference.is_random else {}
     gradients = len(runs) * (attack.num_steps + 1) * num_draws * inference.number_forward_passes
     return perturb, {**apgd_settings(data, config), 'num_restarts': config['num_restarts'],
                      'norms': inference.mode, **known, **form_of(inference.mode, config),
@@ -372,9 +372,9 @@ def apgd_eot(inference, data, config, num_draws):
     images, labels = eval_examples(data, config)
     loss_funcs = [f for f in loss_funcs_for(data.num_classes) if not f.startswith('targeted')]
     settings = {**apgd_settings(data, config), 'loss_func': '+'.join(loss_funcs)}
-    attack = make_apgd(inference, data, config, NUM_KEPT if inference.draws else 1)
+    attack = make_apgd(inference, data, config, NUM_KEPT if inference.is_random else 1)
     steps, draws, eot_draws = 1, 1, {}
-    if inference.draws:
+    if inference.is_random:
         steps, draws = attack.num_steps + 1, config['eot_draws']
         eot_draws = {'eot_draws': draws}
 

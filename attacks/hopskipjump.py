@@ -5,7 +5,7 @@ import tensorflow as tf
 from attacks.minimum_norm import device
 from cifar10_input import eval_examples
 from running import optional
-from shaping import Coupled, form_of
+from shaping import Unfit, form_of
 
 # 100 sqrt(t) queries for the gradient at step t, as in the paper. It leaves the number of steps to
 # the budget: 50, the default of ART, need some 25,000 queries an image (foolbox's 64 need 36,000)
@@ -34,14 +34,14 @@ class HopSkipJump:
     `num_queries` is how many queries an image the last call needed.
 
     Raises:
-        Coupled: images of a batch share their norms. A label then depends on the other images,
+        Unfit: images of a batch share their norms. A label then depends on the other images,
             which are under attack themselves; foolbox asserts that what was adversarial stays so.
         UserError: foolbox is not installed.
     """
 
     def __init__(self, inference, images, labels, others, batch_size, seed):
         if inference.coupled:
-            raise Coupled(f'hopskipjump needs labels that depend on one image alone, and under '
+            raise Unfit(f'hopskipjump needs labels that depend on one image alone, and under '
                           f'{inference.mode} the images of a batch share their norms; expected pn, '
                           'bn_recorded, or bn_shaping with one test sample in a batch')
         self.foolbox = optional('foolbox', 'the attack hopskipjump needs foolbox')
@@ -126,7 +126,7 @@ def hopskipjump(inference, data, config, num_draws):
     """Returns HopSkipJump through the first of the draws that answer; see attacks.make_attack."""
     attack = HopSkipJump(inference, *eval_examples(data, config), data.eval_data.xs[:NUM_STARTS],
                          config['eval_batch_size'], config['np_random_seed'])
-    known = {'num_draws_known': 1} if inference.draws else {}
+    known = {'num_draws_known': 1} if inference.is_random else {}
     return attack, {'epsilon': None, 'norms': inference.mode, **SETTINGS, **known,
                     **form_of(inference.mode, config),
                     'library': f'foolbox {attack.foolbox.__version__}'}

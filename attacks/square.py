@@ -96,7 +96,7 @@ def square(inference, data, config, num_draws):
     nothing is drawn and no norms are shared: there, its last loss is still known.
     """
     images, labels = eval_examples(data, config)
-    queries, asks_again = config['square_queries'], inference.coupled or inference.draws
+    queries, asks_again = config['square_queries'], inference.coupled or inference.is_random
     attack = SquareAttack(inference.logits, config['epsilon'], queries, asks_again)
 
     def perturb(start, end):
@@ -105,7 +105,7 @@ def square(inference, data, config, num_draws):
         for part in inference.parts(end - start):
             a, b = start + part.start, start + part.end
             drawn = np.stack([inference.drawn(part, inference.fresh(rng))
-                              for _ in range(queries if inference.draws else 1)])
+                              for _ in range(queries if inference.is_random else 1)])
             examples.append(attack.perturb(images[a:b], labels[a:b],
                                            (config['np_random_seed'], a), drawn))
         return tf.concat(examples, axis=0)

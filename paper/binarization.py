@@ -189,7 +189,7 @@ def plant(binary, x, number, row, config, rng):
     noise = INNER * epsilon * rng.uniform(-1, 1, (NUM_INNER, *x.shape))
     inner = np.clip(x + noise, 0, 255).astype(np.float32)
     boundary = corners(x, 1, epsilon, rng)
-    if row is None and binary.draws:
+    if row is None and binary.is_random:
         boundary = np.repeat(boundary, BOUNDARY_DRAWS, axis=0)
     points = np.concatenate([x[None], inner, boundary])
     rows = (binary.rows(len(points), binary.fresh(rng)) if row is None else

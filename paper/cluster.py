@@ -243,8 +243,7 @@ def connect(address, resources):
     check_address(address)
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # Ray asks for a choice
     try:
-        ray.init(address=None if address == 'local' else address, include_dashboard=False,
-                 logging_level='warning')
+        ray.init(address=address, include_dashboard=False, logging_level='warning')
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f'--ray {address}: {brief(error)}') from None
     there = ray.cluster_resources()

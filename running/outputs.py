@@ -53,6 +53,7 @@ class Saver:
         """Saves a checkpoint, unless a weight is not finite: the last good one is kept then."""
         self.check_finite(step, 'a weight', (v.numpy() for v in self.variables.values()))
         if self._saver is None:
+            self.last_good = os.path.join(self.model_dir, f'checkpoint-{step}')
             return
         try:
             with without_deprecations():

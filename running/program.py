@@ -64,6 +64,8 @@ def parse(name, keys):
         return flags.FLAGS(sys.argv)[1:]
     except flags.UnrecognizedFlagError as error:
         option = error.flagname
+        if option == 'model_dir' and 'model' in our_flags():
+            raise UserError('--model_dir is not an option; did you mean --model?') from None
         if option in keys:
             raise UserError(f'--{option} is a key of the configuration, not an option; expected '
                             f'--set {option}=VALUE') from None

@@ -93,7 +93,7 @@ def check_writable(path, expected):
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     try:
-        if os.path.isdir(path):
+        if os.path.isdir(path) or str(path).endswith(os.sep):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -35,7 +35,7 @@ from absl import flags  # noqa: E402
 import numpy as np  # noqa: E402
 
 from config import choice, config_from_flags, define_model_flags  # noqa: E402
-from running import UserError  # noqa: E402
+from running import UserError, optional  # noqa: E402
 from running.files import replacing  # noqa: E402
 from running.program import run  # noqa: E402
 import running.quiet  # noqa: E402, F401
@@ -50,7 +50,7 @@ from eval import wilson_interval  # noqa: E402
 from model import build_model, find_checkpoint  # noqa: E402
 from paper.cells import as_digits  # noqa: E402
 from pgd_attack import perturbation_fault, pgd_settings  # noqa: E402
-from running.results import provenance  # noqa: E402
+from running.results import check_writable, provenance  # noqa: E402
 from running.unfinished import checkpoint_digest, data_digest  # noqa: E402
 from shaping import FORMS, MAX_GRADIENT_IMAGES, make_inference  # noqa: E402
 
@@ -218,11 +218,11 @@ def attacks_of(name, model, data, config, inference):
     else:
         ours, settings = make_attack('adaptive' if name == 'autoattack' else name, model, data,
                                      config, 1, inference)
-    classify = (under_fresh_draws(inference, config['np_random_seed']) if inference.draws else
+    classify = (under_fresh_draws(inference, config['np_random_seed']) if inference.is_random else
                 tf.function(lambda x: model(x, training=False), reduce_retracing=True))
     if name in ('fgsm', 'pgd', 'pgd_eot'):
         library, public = 'foolbox', foolbox_attack(name, classify, settings)
-    elif name in ('apgd', 'square', 'autoattack') and not inference.draws:
+    elif name in ('apgd', 'square', 'autoattack') and not inference.is_random:
         library, public = 'AutoAttack', autoattack_attack(
             name, classify, {**settings, 'num_classes': data.num_classes})
     else:
@@ -234,6 +234,17 @@ def attacks_of(name, model, data, config, inference):
     return {'ours': ours, library: theirs}, settings
 
 
+def import_libraries(names, drawn):
+    """Raises UserError where what the chosen attacks come from is not there."""
+    if not drawn and {'apgd', 'square', 'autoattack'} & {*names}:
+        optional('torch', 'AutoAttack needs PyTorch')
+        if not os.path.isdir(os.path.join(flags.FLAGS.autoattack, 'autoattack')):
+            raise UserError(f'--autoattack {flags.FLAGS.autoattack} holds no folder autoattack; '
+                            'expected a clone of fra31/auto-attack')
+    if {'cw', 'deepfool', *(('square',) if drawn else ())} & {*names}:
+        optional('art', 'C&W, DeepFool and Square need ART', 'adversarial-robustness-toolbox')
+
+
 def main():
     config = config_from_flags()
     drawn = flags.FLAGS.inference in FORMS
@@ -241,6 +252,12 @@ def main():
     if {'apgd', 'square', 'autoattack'} & {*names} and not drawn and not flags.FLAGS.autoattack:
         raise UserError('--autoattack is missing; expected the folder of a clone of fra31/'
                         'auto-attack, or an --attack without apgd, square and autoattack')
+    # The libraries and the output: fail now, not after the first attacks
+    import_libraries(names, drawn)
+    if flags.FLAGS.output:
+        check_writable(flags.FLAGS.output, '--output FILE in a folder that exists')
+        os.makedirs(os.path.dirname(os.path.abspath(flags.FLAGS.output)), exist_ok=True)
+
     data = load_data(config, flags.FLAGS.download)
     if 'autoattack' in names and data.num_classes < 10:
         raise UserError(f'{data.num_classes} classes are too few for autoattack, whose standard '

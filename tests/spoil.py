@@ -99,6 +99,10 @@ def main():
     parser.add_argument('model_dir')
     parser.add_argument('--tries', type=int, default=500)
     options = parser.parse_args()
+    if not (checkpoints(options.model_dir) and os.path.isfile(f'{options.model_dir}/log.jsonl')
+            and glob.glob(f'{glob.escape(options.model_dir)}/events.out*')):
+        parser.error('MODEL_DIR must be the folder of a training by train.py, with checkpoints, '
+                     'log.jsonl and events.out*')
     for kind in KINDS:
         outcomes, wrong = campaign(options.model_dir, kind, options.tries)
         print(f'{kind}: {json.dumps(outcomes)}', *wrong, sep='\n', flush=True)

@@ -1,4 +1,6 @@
 """The evaluation's attacks, against closed forms, plain loops and what they promise to know."""
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
@@ -7,14 +9,14 @@ import tensorflow as tf
 from attacks import apgd, hopskipjump, make_attack, minimum_norm, random_search, square
 from attacks.adaptive import AdaptivePGD
 from attacks.minimum_norm import minimum_norm_attack
-from cifar10_input import CIFAR10Data
+from cifar10_input import CIFAR10Data, DataSubset
 from config import load_config
 from model import Model
-from pgd_attack import LinfPGDAttack
+from pgd_attack import LinfPGDAttack, perturbation_fault
 from running import UserError
 import train
-from shaping import (DRAW, INFERENCE_MODES, Coupled, Inference, ShapedInference,
-                     make_inference)
+from shaping import (DRAW, INFERENCE_MODES, Inference, RecordedInference, ShapedInference, Unfit,
+                     make_inference, queries_of)
 
 RNG = np.random.default_rng(0)
 NOTHING_DRAWN = np.zeros([1, 1, 1, 0], np.int32)
@@ -130,7 +132,7 @@ def test_hopskipjump_leaves_what_has_no_start_and_refuses_shared_norms(
         config = small_config(shaping_batch_size=size, inference_shaping_ratio=9)
         inference = make_inference(small_model, mode, data, config)
         if coupled:
-            with pytest.raises(Coupled, match=f'under {mode} the images of a batch share their'):
+            with pytest.raises(Unfit, match=f'under {mode} the images of a batch share their'):
                 make_attack('hopskipjump', small_model, data, config, 1, inference)
         else:
             _, settings = make_attack('hopskipjump', small_model, data, config, 1, inference)
@@ -234,11 +236,48 @@ def test_adaptive_goes_through_what_answers_and_weak_through_another_draw(
     attack, settings = make_attack(name, small_model, data, config, num_draws, inference)
     agreement = (attack(20, 40).numpy() == adaptive_examples(
         inference, data, config, num_draws)).mean()
-    if name == 'adaptive_pgd' or not inference.draws:
+    if name == 'adaptive_pgd' or not inference.is_random:
         assert agreement > 0.99
     else:
         assert agreement < 0.95
     assert settings['norms'] == mode
+
+
+class Shifted(Linear):
+    """Its recordings shift the logits."""
+    num_classes = 3
+
+    def __call__(self, x, recorded, ratio):
+        return super().__call__(x) + recorded['shift'][0]
+
+
+def test_retry_goes_on_until_a_draw_is_fooled(small_config):
+    """Whom the first draw's attack fools has its example; of the others, later draws fool some."""
+    images = RNG.integers(100, 156, (40, 32, 32, 3), np.uint8)
+    shifts = RNG.normal(size=(5, 3)).astype(np.float32) / 10
+    inference = RecordedInference(Shifted(), {'shift': (shifts, shifts)}, 9, 0)
+    labels = np.argmax(inference(images, 0), 1)
+    data = SimpleNamespace(eval_data=DataSubset(images, labels), num_classes=3)
+    config = small_config(num_eval_examples=40, eval_batch_size=40, epsilon=0.25)
+    once, (again, settings) = (make_attack(name, None, data, config, num_draws, inference)
+                               for name, num_draws in (('adaptive', 1), ('retry', 4)))
+    first, last = once[0](0, 40).numpy(), again(0, 40).numpy()
+    assert perturbation_fault(images, last, 0.25) is None and settings['num_draws_known'] == 4
+    right = np.array([np.argmax(inference(last, query), 1) == labels
+                      for query in queries_of(0, 4)])
+    by_first = np.argmax(inference(first, 0), 1) == labels
+    assert (last == first)[~by_first].all() and not right[:, ~by_first].all(axis=0).any()
+    assert 0 < right.all(axis=0).sum() < by_first.sum() < 40
+
+
+@pytest.mark.parametrize('mode, size, num_draws', [
+    ('pn', 4, 2), ('bn_recorded', 4, 1), ('bn', 4, 2), ('bn_shaping', 20, 2)])
+def test_retry_without_several_draws_for_each_image_is_named(
+        small_model, small_config, data, mode, size, num_draws):
+    config = small_config(shaping_batch_size=size)
+    inference = make_inference(small_model, mode, data, config)
+    with pytest.raises(Unfit, match=f'expected --num_draws 2 or more.*, not {mode}'):
+        make_attack('retry', small_model, data, config, num_draws, inference)
 
 
 def test_adaptive_through_population_norms_is_pgd(small_model, small_config, data):
@@ -367,7 +406,7 @@ def test_apgd_through_an_inference_lowers_what_it_answers(small_model, small_con
     def losses(x):
         return apgd.xent_loss(inference(x, 0), labels).numpy()
     assert (losses(attack(0, 20)) > losses(data.eval_data.xs[:20])).all()
-    assert ('eot_draws' in settings) == inference.draws
+    assert ('eot_draws' in settings) == inference.is_random
 
 
 def test_other_samples_are_none_of_those_that_any_draw_uses(small_model, data):

@@ -420,6 +420,7 @@ def test_what_an_attacks_accuracy_depends_on():
     for attack, own in ((None, set()), ('pgd', set()), ('fgsm', {'fgsm_epsilon'}),
                         ('apgd', {'apgd_num_steps', 'num_restarts'}),
                         ('transfer', {'apgd_num_steps', 'num_restarts'}),
+                        ('retry', {'apgd_num_steps', 'num_restarts'}),
                         ('square', {'square_queries'}),
                         ('apgd_eot', {'apgd_num_steps', 'eot_draws'})):
         old = set(SCHEMA) - nothing - of_some - set(younger) | own

@@ -86,8 +86,16 @@ def test_each_share_has_the_batchs_ratio(found):
 
 def test_per_replica_norms_are_those_of_the_share_and_their_mean_is_kept(found):
     """A forward pass in two replicas, and each of their shares alone on one device."""
+    names = set()
     for name, alone, together in both(found, 'norms/'):
         np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5, err_msg=name)
+        names.add(name)
+    assert names == {'logits', 'moving_mean'}
+
+
+def test_two_replicas_attack_and_count_the_images_held_out_as_one_device_does(found):
+    (natural, adv), two = found['validation/1'], found['validation/2']
+    assert (two == [natural, adv]).all() and natural == 1 > adv
 
 
 def test_shares_cover_the_batch_once_and_keep_the_ratio():

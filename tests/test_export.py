@@ -1,4 +1,5 @@
 """What export.py writes answers as eval.py does, alone, and survives any request; classify.py."""
+import glob
 import io
 import json
 import os
@@ -226,19 +227,27 @@ def test_the_card_says_what_was_measured_and_where_it_comes_from(exported):
     assert card['inference']['num_recordings'] == 7 and card['threat_model']['epsilon'] == 8
 
 
-def test_a_model_that_was_not_evaluated_has_a_card_without_numbers(exported, tmp_path):
-    """The same weights with other recordings are another classifier."""
-    folder, config = exported
-    status, _, stderr = program('export.py', '--model_dir', config['model_dir'], '--output',
-                                str(tmp_path / 'e'), settings=['num_recordings=2',
-                                                               'recorded_samples=20'])
-    assert status == 0
+def test_a_card_without_evaluation_and_training_has_no_numbers_and_no_configuration(
+        exported, tmp_path):
+    """The same weights with other recordings are another classifier, of unknown training here."""
+    os.makedirs(tmp_path / 'w')
+    for path in glob.glob(f'{exported[1]["model_dir"]}/checkpoint-7.*'):
+        shutil.copy(path, tmp_path / 'w')
+    checkpoint = str(tmp_path / 'w' / 'checkpoint-7')
+    status, _, stderr = program(
+        'export.py', '--checkpoint', checkpoint, '--output', str(tmp_path / 'e'), settings=[
+            'num_recordings=2', 'recorded_samples=20', 'dataset=synthetic',
+            'num_residual_units=1', 'width_factor=1'])
+    assert status == 0, stderr
     card = read_json(tmp_path / 'e' / 'card.json')
     assert card['robust_accuracy'] is card['clean_accuracy'] is None and card['results'] == []
+    assert card['training'] is None
+    with pytest.raises(UserError, match=f'no config.json lies beside {checkpoint}'):
+        export.check_same_training(exported[1], None, checkpoint)
 
 
-def test_transferred_attacks_alone_are_no_robust_accuracy_on_a_card():
-    """Of direct ones the strongest counts, on how many images it was; a few unlucky ones do not."""
+def test_weak_or_transferred_attacks_alone_are_no_robust_accuracy_on_a_card():
+    """Of strong ones the strongest counts, on how many images it was; a few unlucky ones do not."""
     def row(attack, accuracy, n, epsilon=8., **more):
         return {'attack': attack, 'accuracy': accuracy, 'num_examples': n, 'epsilon': epsilon,
                 'interval': [*wilson_interval(accuracy * n, n)], **more}
@@ -247,7 +256,10 @@ def test_transferred_attacks_alone_are_no_robust_accuracy_on_a_card():
             row('transfer', 0.4, 100, norms='bn_recorded'), row('hopskipjump', 0., 100, None)]
     config = {'epsilon': 8.}
     assert not any(export.is_robust(each, config) for each in rows)
-    rows += [row('adaptive_weak', 0.4, 10000), row('adaptive', 0.3, 1000), row('square', 0.2, 10),
+    rows += [row('adaptive_weak', 0.1, 10000), row('square', 0.1, 100),
+             row('worst in ball', 0.2, 100, attacks=['clean', 'pgd', 'hopskipjump'])]
+    assert not any(export.is_robust(each, config) for each in rows)
+    rows += [row('apgd_eot', 0.4, 10000), row('adaptive', 0.3, 1000), row('adaptive', 0.2, 10),
              row('worst in ball', 0.3, 1000, attacks=['clean', 'pgd', 'adaptive']),
              row('apgd_eot', 0.1, 1000, unreliable=True)]
     robust = sorted((each for each in rows if export.is_robust(each, config)),
@@ -364,7 +376,7 @@ def test_classify_needs_no_images_beside_released_weights(released, inference, m
 @pytest.mark.parametrize('spoil, said', [
     (lambda table: table[:, 1:], r'holds an array \[7, \d+\] of float32; expected float32 \[7, '),
     (lambda table: table.astype(float), 'of float64; expected float32'),
-    (lambda table: table[:6], r'holds an array \[6, '),
+    (lambda table: table[:6], 'num_recordings is 7, and .*r.npy holds 6; expected no other number'),
     (lambda table: -table, 'holds no statistics; expected finite means, variances from 0'),
     (lambda table: table * np.inf, 'holds no statistics')])
 def test_recordings_of_another_network_or_damaged_ones_are_one_line(
@@ -560,8 +572,11 @@ def test_classify_checks_settings_against_the_models_own_configuration(tmp_path,
 
 
 def test_classify_without_a_model_or_with_too_many_votes_is_one_line(exported, pictures, tmp_path):
+    os.makedirs(tmp_path / 'onnx')
+    (tmp_path / 'onnx' / 'model.onnx').write_bytes(b'')
     for arguments, said in (
-            (['--model', str(tmp_path), 'a.png'], 'config.json cannot be read'),
+            (['--model', str(tmp_path), 'a.png'], f'{tmp_path} holds no config.json'),
+            (['--model', str(tmp_path / 'onnx'), 'a.png'], 'is an ONNX export, which classify.py'),
             (['--model', exported[0], '--config', os.path.join(ROOT, 'configs', 'quick.json'),
               'a.png'], 'expected one of them'),
             (['--model', exported[0], '--set', 'num_recordings=5', 'a.png'], 'an exported model'),

@@ -12,7 +12,7 @@ from config import store_config
 from conftest import CHECKPOINT
 from eval import Removed, Request, evaluate_checkpoint
 from model import find_checkpoint
-from report import Outputs, identity, print_comparison, tag_settings
+from report import Outputs, all_transferred, identity, print_comparison, tag_settings
 from running import UserError, arriving, results
 from running.results import add_results, check_writable, commit, provenance, read_results
 
@@ -183,7 +183,8 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ['file']
     for path, named in ((tmp_path / 'file' / 'r.json', 'Not a directory'),
                         (tmp_path / 'file' / 'eval' / 'r.json', 'Not a directory'),
-                        (tmp_path, 'Is a directory'), ('/proc/r.json', '')):
+                        (tmp_path, 'Is a directory'), (f'{tmp_path}/new/', 'Is a directory'),
+                        ('/proc/r.json', '')):
         with pytest.raises(UserError, match=f'cannot be written: .*{named}.*; expected x'):
             check_writable(path, 'x')
     def read_only(**_):
@@ -218,6 +219,17 @@ def test_curves_of_different_settings_share_no_tag(run, tmp_path):
     run(['adaptive_pgd'], ['bn', 'bn_recorded'], num_recordings=3)  # which one of them goes through
     assert set(curves(folder)) >= {'images adaptive_pgd through bn eval',
                                    'images adaptive_pgd through bn_recorded eval num_recordings=3'}
+
+
+def test_a_watch_that_began_before_the_training_writes_the_originals_tags(
+        small_model, small_config, data, tmp_path):
+    config = small_config(model_dir=str(tmp_path))
+    outputs = Outputs(config)
+    store_config(config, tmp_path / 'config.json')
+    small_model.save_madry_checkpoint(tmp_path / 'checkpoint-3')
+    evaluate_checkpoint(str(tmp_path / 'checkpoint-3'), small_model, data, config,
+                        Request(['clean'], ['pn']), outputs)
+    assert curves(tmp_path / 'eval').keys() >= {'accuracy nat', 'accuracy clean pn'}
 
 
 def test_tags_of_attacks_with_keys_of_their_own(small_config):
@@ -338,7 +350,10 @@ def test_a_comparison_goes_by_the_weights_not_by_where_they_were(run, tmp_path, 
 
 @pytest.mark.parametrize('contents, named', [
     (None, 'does not exist'), ('{}', 'no file of results'), ('{"results": []}', 'no rows'),
-    ('{"results": [{"attack": "a\\u001b", "inference": "pn"}]}', 'a row has no attack')])
+    ('{"results": [{"attack": "a\\u001b", "inference": "pn"}]}', 'a row has no attack'),
+    *((json.dumps({'results': [{'attack': 'pgd', 'inference': 'pn', 'accuracy': 0.5,
+                                'interval': [0.4, 0.6], 'num_examples': 9, key: value}]}),
+       'a row has no attack') for key, value in (('flags', None), ('data', [1])))])
 def test_what_cannot_be_compared_is_named(tmp_path, contents, named):
     if contents:
         (tmp_path / 'r.json').write_text(contents)
@@ -348,6 +363,15 @@ def test_what_cannot_be_compared_is_named(tmp_path, contents, named):
         print_comparison([os.path.dirname(CHECKPOINT)])
     with pytest.raises(UserError, match='--compare'):
         print_comparison([])
+
+
+def test_a_comparison_marks_transferred_worst_cases_of_older_versions():
+    """Their rows have no flags."""
+    of_pgd = {'attack_settings': {'clean': {'epsilon': 0.}, 'pgd': {'norms': 'pn'}}}
+    worst = {'attack': 'worst in ball', 'inference': 'bn_shaping', **of_pgd}
+    assert all_transferred(worst) and not all_transferred({**worst, 'inference': 'pn'})
+    assert not all_transferred({**worst, 'flags': []})
+    assert not all_transferred({'attack': 'clean', 'inference': 'pn', 'epsilon': 0.})
 
 
 def test_a_checkpoint_that_the_training_removed_is_told_apart(

@@ -154,5 +154,5 @@ def test_what_nothing_is_drawn_for_has_one_draw(small_model):
     pn = Inference(small_model, 'pn')
     part, = pn.parts(5000)
     draws = [pn.known(3), pn.other([3], 3), pn.fresh(np.random.default_rng(0))]
-    assert (part.start, part.end, pn.draws) == (0, 5000, False)
+    assert (part.start, part.end, pn.is_random) == (0, 5000, False)
     assert [pn.drawn(part, draw).shape for draw in draws] == 3 * [(1, 0)]

@@ -63,8 +63,9 @@ def test_help_lists_the_words_that_a_program_takes(no_tensorflow):
     (['train.py', '--config', 'none.json'], 'none.json cannot be read: No such file or directory'),
     (['train.py', 'configs/quick.json'], "'configs/quick.json' is not an option; train.py --help "
      'lists them'),
-    (['eval.py', '--model_dir', 'none'], 'none/config.json cannot be read: No such file or '
-     'directory'),
+    (['eval.py', '--model_dir', 'none'], 'none is no folder; expected the folder of a training'),
+    (['eval.py', '--model_dir', os.sep], f'{os.sep} holds no config.json; expected the folder'),
+    (['classify.py', '--model_dir', 'one'], '--model_dir is not an option; did you mean --model?'),
     (['eval.py', '--model_dir', 'one', '--set', 'model_dir=other'],
      'one and --set model_dir=other each name a folder; expected one of them'),
     (['eval.py', '--attack', 'pdg'], "--attack is 'pdg'; expected clean, fgsm, pgd, cw"),

@@ -168,8 +168,8 @@ def test_other_weights_settings_images_or_code_are_other_files(
 
     def files(modes=INFERENCE_MODES, num_draws=1, **settings):
         unfinished.code.cache_clear()
-        return kept_files('eval', prefix, unfinished.data_digest(data), small_config(**settings),
-                          names, modes, num_draws)
+        digests = unfinished.checkpoint_digest(prefix), unfinished.data_digest(data)
+        return kept_files('eval', *digests, small_config(**settings), names, modes, num_draws)
 
     try:
         first = files()

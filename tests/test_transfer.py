@@ -120,11 +120,14 @@ def test_a_source_of_other_classes_is_refused_before_its_weights_are_read(
         other_weights('transfer', small_config(**transfer_from))
 
 
-def test_all_attacks_are_all_but_transfer_where_there_is_no_other_model(
+def test_all_attacks_are_all_but_those_that_lack_another_model_or_draws(
         small_config, transfer_from, capsys):
-    assert attacks_of('all', small_config()) == [name for name in ATTACKS if name != 'transfer']
-    assert capsys.readouterr().out == 'transfer is left out: transfer_from names no other model\n'
-    assert attacks_of('all', small_config(**transfer_from)) == list(ATTACKS)
+    some = [name for name in ATTACKS if name not in ('transfer', 'retry')]
+    assert attacks_of('all', small_config()) == some
+    assert capsys.readouterr().out == (
+        'transfer is left out: transfer_from names no other model\n'
+        'retry is left out: it needs --num_draws 2 or more\n')
+    assert attacks_of('all', small_config(**transfer_from), 2) == list(ATTACKS)
     assert attacks_of('clean,transfer', small_config()) == ['clean', 'transfer']  # then refused
 
 

@@ -9,11 +9,13 @@ so that rounding cannot turn a leaky ReLU's slope and nothing hides behind a tol
 import argparse
 import os
 import sys
+from types import SimpleNamespace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
 import running.quiet  # noqa: E402, F401
+from cifar10_input import DataSubset  # noqa: E402
 from config import load_config  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
@@ -100,6 +102,16 @@ def main():
                 found[f'weight/{name}/{key}/{number}'] = variable.numpy()
             for key, values in copies(model).items():
                 found[f'spread/{name}/{key}/{number}'] = np.ptp(values, axis=0)
+
+    # What a training's validation counts; the labels are the answers, so all are right unattacked
+    config = load_config(None, [*SETTINGS, 'epsilon=16', 'step_size=16'])
+    for number, strategy in enumerate((one, two), 1):
+        model, *_ = make(strategy, config)
+        answers = np.argmax(model(x, training=False), axis=1)
+        held_out = DataSubset(batches[0][0], answers, 0)
+        line = train.Validation(model, SimpleNamespace(validation_data=held_out), config).measure(0)
+        found[f'validation/{number}'] = np.array(
+            [line['validation_accuracy'], line['validation_accuracy_adv']])
 
     # Per replica: each share normalized and attacked on its own
     config = load_config(None, [*SETTINGS, 'data_augmentation=false'])
