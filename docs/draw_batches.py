@@ -160,6 +160,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--output', default=os.path.join(ROOT, 'docs', 'batches.png'))
     output = parser.parse_args().output
+    if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+        parser.error(f'--output {output} is in no folder that exists')
     config = load_config(None, ['dataset=synthetic', 'num_residual_units=1', 'width_factor=1',
                                 'step_size_schedule=[[0, 0.1]]'])
     data = load_data(config)
