@@ -608,19 +608,22 @@ def check_same_run(config, path, prefix=None):
         path: of a stored configuration. prefix: of a checkpoint, whose own record counts too.
     """
     if os.path.exists(path):
-        refuse_changes(config, load_config(path))
+        refuse_changes(config, load_config(path), f', or --config {path}, which resumes that one')
     if prefix is not None:
         check_same_origin(config, prefix, {})
 
 
-def refuse_changes(config, stored):
-    """Raises UserError where a key that may not change has another value in `stored`, a dict."""
+def refuse_changes(config, stored, instead=''):
+    """Raises UserError where a key that may not change has another value in `stored`, a dict.
+
+    Args:
+        instead: what else is expected than another folder.
+    """
     changed = [f'{key} (was {stored[key]}, is {config[key]})' for key in config
                if not may_change(key) and stored[key] != config[key]]
     if changed:
         raise UserError(f'{config["model_dir"]} holds another training: {", ".join(changed)}; '
-                        'expected another model_dir, or --config '
-                        f'{config["model_dir"]}/config.json, which resumes that one')
+                        f'expected another model_dir{instead}')
 
 
 def check_same_origin(config, prefix, origin):
