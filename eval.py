@@ -178,7 +178,9 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
         model: a model.Model. data: a CIFAR10Data. config: the configuration.
         attacks, modes: keys of ATTACKS, and names in INFERENCE_MODES.
         num_draws: see evaluate_attack. kept: what kept_files returns, or None.
-        samples: a dict, to which evaluate_attack adds.
+        samples: a dict that gets, under each attack's label, the first adversarial examples, what
+            each judge answers, under the first draw, and with which probability: (float32 [k, 32,
+            32, 3], {judge: labels [k]}, {judge: float [k]}).
         check: run the direct attacks by gradients again, on the first batch, with more steps,
             restarts and draws.
 
@@ -204,11 +206,13 @@ def evaluate(model, data, config, attacks, modes, num_draws=1, kept=None, sample
 
     results, judged = [], {judge: {} for judge in judges}
     for label, name, attack, chosen in rounds:
-        of_attack, right, in_ball = evaluate_attack(
-            name, attack, data, config, chosen, num_draws, kept and kept[label], samples, label)
+        of_attack, found = evaluate_attack(name, attack, data, config, chosen, num_draws,
+                                           kept and kept[label], label)
         results += of_attack
         for judge in chosen:
-            judged[judge][name] = Judged(right[judge], in_ball, attack[1])
+            judged[judge][name] = Judged(found.right[judge], found.in_ball, attack[1])
+        if samples is not None:
+            samples[label] = found.examples, found.answers, found.sure
 
     for mode in modes:
         judge = next(judge for judge in judges if judge[0] == mode)
@@ -266,7 +270,7 @@ def run_direct(name, model, data, config, judge, inference, num_draws=1):
     """Returns which examples of a direct attack are right, bool [draws, n]."""
     attack = make_attack(name, model, data, config, num_draws, inference)
     return evaluate_attack(name, attack, data, config, {judge: inference}, num_draws,
-                           label=f'{name} through {judge[0]}, checked')[1][judge]
+                           label=f'{name} through {judge[0]}, checked')[1].right[judge]
 
 
 def lost_iterates(again, right, config):
@@ -310,8 +314,8 @@ def make_judges(model, data, config, modes, ratios=None):
     return judges
 
 
-def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, samples=None,
-                    label=None, shard=None):
+def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, label=None,
+                    shard=None):
     """Makes one attack's examples, once, and has each judge classify them.
 
     Every batch is verified to lie in its ball and in [0, 255] before it is counted. What an
@@ -326,16 +330,12 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
         kept: path of a file for this attack alone, in which each batch that is finished is kept; if
             it is there, the attack resumes after the last one. The file's name must say what the
             results depend on (unfinished.path_of). None: nothing is kept.
-        samples: a dict that gets, under `label`, the first adversarial examples, what each judge
-            answers, under the first draw, and with which probability: (float32 [k, 32, 32, 3],
-            {judge: labels [k]}, {judge: float [k]}).
         label: the name that the progress shows. Default: the attack's.
         shard: (first, last) examples of whole batches: these alone are done, for `kept`, and what
             is returned is of no use; see unfinished.batches.
 
     Returns:
-        (a list of results, one a judge; {judge: bool [draws, n], which were right}; bool [n], which
-        examples lie within epsilon of their image)
+        (a list of results, one a judge; the Found behind them)
     """
     images, labels = eval_examples(data, config)
     batch_size, n = config['eval_batch_size'], num_examples(name, config)
@@ -354,23 +354,14 @@ def evaluate_attack(name, attack, data, config, judges, num_draws=1, kept=None, 
         found.num_queries[start:end] = getattr(perturb, 'num_queries', 0)
         for judge, classify in judges.items():
             found.judge(judge, classify, start, start // batch_size, x_adv, y)
-    settings = {**settings, 'seconds': round(float(found.seconds), 3)}
-    if name in MINIMUM_NORM:
-        fooled = found.l2[found.l2 > 0]
-        settings |= {'num_fooled': len(fooled),
-                     'median_l2': float(np.median(fooled)) if len(fooled) else None}
-    if found.num_queries.any():
-        settings['queries'] = round(float(found.num_queries.mean()))
-    results = [cell(name, judge, right, config, {
-        'xent': float(found.xent[judge].sum()) / right.size, **settings})
-        for judge, right in found.right.items()]
-    if samples is not None:
-        samples[label] = found.examples, found.answers, found.sure
-    return results, found.right, found.in_ball
+    return found.results(name, settings, config), found
 
 
 class Found:
     """What the examples of one attack show, in arrays that `batches` fills again on a resume.
+
+    `right`, {judge: bool [draws, n]}: which are right. `in_ball`, bool [n]: which lie within
+    epsilon of their image.
 
     Args:
         judges: as make_judges returns them. n: how many examples there are.
@@ -412,6 +403,19 @@ class Found:
             if draw == 0:
                 keep_first(self.answers[judge], start, predicted)
                 keep_first(self.sure[judge], start, tf.reduce_max(tf.nn.softmax(logits), axis=1))
+
+    def results(self, name, settings, config):
+        """Returns a list of results, one a judge, of the attack's name and settings."""
+        settings = {**settings, 'seconds': round(float(self.seconds), 3)}
+        if name in MINIMUM_NORM:
+            fooled = self.l2[self.l2 > 0]
+            settings |= {'num_fooled': len(fooled),
+                         'median_l2': float(np.median(fooled)) if len(fooled) else None}
+        if self.num_queries.any():
+            settings['queries'] = round(float(self.num_queries.mean()))
+        return [cell(name, judge, right, config, {
+            'xent': float(self.xent[judge].sum()) / right.size, **settings})
+            for judge, right in self.right.items()]
 
 
 def keep_first(kept, start, values):

@@ -148,9 +148,9 @@ class Evaluations:
             judges = make_judges(model, data, config, inferences, ratios)
             attack = make_attack(name, model, data, config, num_draws,
                                  next(iter(judges.values())))
-            results, _, in_ball = evaluate_attack(
+            results, found = evaluate_attack(
                 name, attack, data, config, judges, num_draws, unfinished, shard=self.shard)
-            return kept_of(results, in_ball)
+            return kept_of(results, found.in_ball)
 
         return self.get(what, identity, compute, source.digests[:1] if source is not None else ())
 

@@ -64,8 +64,8 @@ def on_255(of_training, name, n):
     def compute(unfinished):
         model, data = of_training.load(), of_training.data
         attack = minimum_norm_attack(name, model, *eval_examples(data, config), scale=255)
-        results, _, in_ball = evaluate_attack(
+        results, found = evaluate_attack(
             name, attack, data, config, make_judges(model, data, config, ['pn']), 1, unfinished)
-        return kept_of(results, in_ball)
+        return kept_of(results, found.in_ball)
 
     return of_training.get(f'{name}-scale-255', {**relevant(config, name), 'scale': 255}, compute)

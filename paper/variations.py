@@ -174,10 +174,10 @@ def crossed(attack, source, target, config):
         other = source.twin()
         judges = (make_judges(other, data, settings, ['pn'])
                   | make_judges(model, data, settings, ['bn', 'bn_shaping']))
-        results, _, in_ball = evaluate_attack(
+        results, found = evaluate_attack(
             attack, make_attack(attack, other, data, settings), data, settings, judges, 1,
             unfinished, shard=target.shard)
-        return kept_of(results, in_ball)
+        return kept_of(results, found.in_ball)
 
     identity = {**relevant(settings, attack), 'num_examples': num_examples(attack, settings)}
     return target.get(f'{attack}-crossed-{source.name}', identity, compute, source.digests[:1])
