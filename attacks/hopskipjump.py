@@ -42,8 +42,8 @@ class HopSkipJump:
     def __init__(self, inference, images, labels, others, batch_size, seed):
         if inference.coupled:
             raise Unfit(f'hopskipjump needs labels that depend on one image alone, and under '
-                          f'{inference.mode} the images of a batch share their norms; expected pn, '
-                          'bn_recorded, or bn_shaping with one test sample in a batch')
+                        f'{inference.mode} the images of a batch share their norms; expected pn, '
+                        'bn_recorded, or bn_shaping with one test sample in a batch')
         self.foolbox = optional('foolbox', 'the attack hopskipjump needs foolbox')
         self.inference, self.images, self.labels = inference, images, labels
         self.others = others.astype(np.float32) / 255
