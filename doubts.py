@@ -54,6 +54,19 @@ def is_transferred(name, settings, mode):
     return 'norms' in settings and not is_direct(name, settings, mode)
 
 
+def settings_of(result):
+    """Returns {attack: its settings} of a result, which is of one attack, or of several."""
+    return result.get('attack_settings', {result['attack']: result})
+
+
+def all_transferred(result):
+    """Whether a result is of transferred attacks alone: `clean` is none, and takes nothing away."""
+    mode = result['inference']
+    transferred = [is_transferred(name, settings, mode)
+                   for name, settings in settings_of(result).items() if name != 'clean']
+    return bool(transferred) and all(transferred)
+
+
 def shares_norms(result):
     """Whether a direct attack was made on images several of which met the same norms.
 
@@ -65,8 +78,7 @@ def shares_norms(result):
             mode == 'bn_shaping'
             and of_attack['shaping_batch_size'] > of_attack['inference_shaping_ratio'] + 1))
     mode = result['inference']
-    return any(shared(*each) for each in result.get(
-        'attack_settings', {result['attack']: result}).items())
+    return any(shared(*each) for each in settings_of(result).items())
 
 
 class Probe:

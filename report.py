@@ -10,7 +10,7 @@ from config import BASE, SCHEMA, load_config
 import tensorflow as tf
 
 from attacks import ATTACKS, num_examples
-from doubts import FLAGS, is_transferred, renewed
+from doubts import FLAGS, all_transferred, renewed, settings_of
 from model import network_name
 from running import UserError, brief, optional
 from running.devices import device
@@ -143,18 +143,17 @@ def print_comparison(paths):
 
 def in_column(row):
     """Returns a cell of a comparison, 32 characters."""
-    transferred = 't' if row and all_transferred(row) else ' '
+    transferred = 't' if row and is_marked(row) else ' '
     return (f'{shown(row)} {transferred}{row["num_examples"]:>7}' if row else '-').rjust(32)
 
 
-def all_transferred(row):
+def is_marked(row):
     """Returns whether a row is of transferred attacks alone. Older versions wrote no flags."""
     if 'flags' in row:
         return 'transferred' in row['flags']
-    attacks = row.get('attack_settings', {row['attack']: row})
+    attacks = settings_of(row)
     return isinstance(attacks, dict) and all(
-        isinstance(settings, dict) and is_transferred(name, settings, row['inference'])
-        for name, settings in attacks.items() if name != 'clean') and {*attacks} != {'clean'}
+        isinstance(settings, dict) for settings in attacks.values()) and all_transferred(row)
 
 
 def results_file(path):
@@ -304,7 +303,6 @@ class Outputs:
             draw_pictures(self.pictures, samples, data, f'{checkpoint}, step {step}')
             print(f'Written to {self.pictures}', flush=True)
 
-
     def _usual(self):
         """Returns the configuration whose results have the original's tags: the training's.
 
@@ -360,7 +358,7 @@ def write_summaries(results, samples, data, step, config, usual):
 def tag_settings(row, config, usual):
     """Returns what a curve's tag says of settings: those that the configuration has not usually."""
     changed = {}
-    for name, settings in row.get('attack_settings', {row['attack']: row}).items():
+    for name, settings in settings_of(row).items():
         changed |= {key: value for key, value in {**row, **settings}.items() if key in SCHEMA
                     and value == config[key] != usual[key]}
         changed |= {key: config[key] for key in SCHEMA

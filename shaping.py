@@ -106,6 +106,16 @@ class Inference:
         return np.stack([draw(group, part.size)
                          for group in range(part.first, part.first + part.groups)]).astype(np.int32)
 
+    def attacked_parts(self, start, end, draws):
+        """Yields (first, last, drawn [draws, groups, size]) of what an attack takes at once.
+
+        Args:
+            start, end: of the images that are classified together. draws: that it goes through.
+        """
+        for part in self.parts(end - start, MAX_GRADIENT_IMAGES):
+            yield (start + part.start, start + part.end,
+                   np.stack([self.drawn(part, draw) for draw in draws]))
+
     def known(self, query):
         """Returns the draw that answers a query."""
         return self.fresh(None)

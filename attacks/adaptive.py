@@ -1,10 +1,9 @@
 """The paper's adaptive attacks (Table III): PGD by an attacker who goes through what answers."""
-import numpy as np
 import tensorflow as tf
 
 from cifar10_input import eval_examples
 from pgd_attack import LinfPGDAttack, added, pgd_settings
-from shaping import MAX_GRADIENT_IMAGES, form_of, queries_of
+from shaping import form_of, queries_of
 
 
 class AdaptivePGD(LinfPGDAttack):
@@ -74,9 +73,7 @@ def _through(inference, data, config, num_draws, draws_for, num_draws_known):
     def perturb(start, end):
         draws = draws_for(queries_of(start // config['eval_batch_size'], num_draws))
         examples = []
-        for part in inference.parts(end - start, MAX_GRADIENT_IMAGES):
-            a, b = start + part.start, start + part.end
-            drawn = np.stack([inference.drawn(part, draw) for draw in draws])
+        for a, b, drawn in inference.attacked_parts(start, end, draws):
             examples.append(pgd.perturb(images[a:b], labels[a:b], (config['np_random_seed'], a),
                                         drawn))
         return tf.concat(examples, axis=0)

@@ -270,8 +270,24 @@ def adaptive(inference, data, config, num_draws, until_wrong=True):
     judged as it will be; a group of images that share norms takes the new examples if fewer of them
     are then answered rightly, or as many with a higher cross-entropy.
     """
+    def attack_part(images, labels, drawn, attack, runs, seed):
+        batch = Batch(inference, images, labels, drawn, until_wrong)
+        batch.run(attack, runs, seed)
+        return batch.x_adv
+
+    return through_known_draws(inference, data, config, num_draws, attack_part)
+
+
+def through_known_draws(inference, data, config, num_draws, attack_part):
+    """Returns an attack by Auto-PGD that knows the draws; see attacks.make_attack.
+
+    Args:
+        attack_part: f(images [b, 32, 32, 3], labels [b], drawn [draws, groups, size], attack, runs,
+            seed) -> x_adv of what passes through the network at once. attack: an APGDAttack. runs:
+            a list of (loss, rank of the target). seed: two ints, of the first run.
+    """
     images, labels = eval_examples(data, config)
-    runs = [(loss_func, restart) for loss_func in loss_funcs_for(data.num_classes)
+    runs = [(loss_func, restart + 1) for loss_func in loss_funcs_for(data.num_classes)
             for restart in range(config['num_restarts'])]
     attack = make_apgd(inference, data, config)
     num_draws = num_draws if inference.is_random else 1
@@ -279,16 +295,10 @@ def adaptive(inference, data, config, num_draws, until_wrong=True):
     def perturb(start, end):
         draws = [inference.known(query)
                  for query in queries_of(start // config['eval_batch_size'], num_draws)]
-        examples = []
-        for part in inference.parts(end - start, MAX_GRADIENT_IMAGES):
-            a, b = start + part.start, start + part.end
-            drawn = np.stack([inference.drawn(part, draw) for draw in draws])
-            batch = Batch(inference, images[a:b], labels[a:b], drawn, until_wrong)
-            for number, (loss_func, restart) in enumerate(runs):
-                seed = config['np_random_seed'], len(runs) * a + number
-                batch.attack(attack, loss_func, seed, restart + 1)
-            examples.append(batch.x_adv)
-        return tf.constant(np.concatenate(examples))
+        return tf.constant(np.concatenate([
+            attack_part(images[a:b], labels[a:b], drawn, attack, runs,
+                        (config['np_random_seed'], len(runs) * a))
+            for a, b, drawn in inference.attacked_parts(start, end, draws)]))
 
     known = {'num_draws_known': num_draws} if inference.is_random else {}
     gradients = len(runs) * (attack.num_steps + 1) * num_draws * inference.number_forward_passes
@@ -311,6 +321,20 @@ class Batch:
         self.until_wrong = until_wrong
         self.x_nat = self.x_adv = images.astype(np.float32)
         self.judged = None  # (cross-entropy, share right) of x_adv, [b] each
+
+    def start_from(self, attack, x_adv, is_fooled):
+        """Goes on from examples that other draws were attacked with; leaves the fooled ones alone.
+
+        Args:
+            x_adv: [b, 32, 32, 3]. is_fooled: bool [b].
+        """
+        xent, share = self.judge(attack, x_adv)
+        self.x_adv, self.judged = x_adv, [xent, np.where(is_fooled, 0, share)]
+
+    def run(self, attack, runs, seed):
+        """Attacks once for each of (loss, rank of the target); seed: two ints, of the first run."""
+        for number, (loss_func, rank) in enumerate(runs):
+            self.attack(attack, loss_func, (seed[0], seed[1] + number), rank)
 
     def attack(self, attack, loss_func, seed, rank):
         """Attacks the images that some draw answers rightly, or all; keeps what is stronger."""

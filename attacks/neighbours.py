@@ -8,7 +8,6 @@ import numpy as np
 import tensorflow as tf
 
 from attacks.apgd import APGDAttack, strongest
-from shaping import MAX_GRADIENT_IMAGES
 
 QUERIES = 10     # in a batch that several share: the victim's, then the helpers', then bystanders'
 ANY_IMAGE = 255.  # epsilon of helpers that may be any image
@@ -57,15 +56,14 @@ class NeighboursAttack(APGDAttack):
         x_nat, draw, found = x_nat.astype(np.float32), self.inference.known(query), []
         place = np.arange(len(x_nat)) % self.queries
         owned = (place <= num_helpers) & ((place > 0) | (self.own_epsilon > 0))
-        for part in self.inference.parts(len(x_nat), MAX_GRADIENT_IMAGES):
-            some = slice(part.start, part.end)
-            drawn = self.inference.drawn(part, draw)[None]
+        for start, end, drawn in self.inference.attacked_parts(0, len(x_nat), [draw]):
+            some = slice(start, end)
             x = strongest([x_nat[some], *(x[some] for x in weaker)], self, y[some], drawn)
             for number, loss_func in enumerate(self.loss_funcs):
                 if not np.any(self.judge(x, y[some], drawn)[1]):
                     break  # no victim is answered rightly
                 x_adv, = self.perturb(
-                    x_nat[some], y[some], (seed, len(self.loss_funcs) * part.start + number),
+                    x_nat[some], y[some], (seed, len(self.loss_funcs) * start + number),
                     drawn[None], loss_func, active=owned[some])
                 x = strongest([x, x_adv], self, y[some], drawn)
             found.append(x)

@@ -1,5 +1,5 @@
 """How numbers are shown in the tables: percent, points, intervals, Markdown."""
-from doubts import first_of_all, is_transferred, shares_norms
+from doubts import all_transferred, first_of_all, shares_norms
 from paper.cells import result_of, right_in_draws
 from paper.intervals import paired_difference
 
@@ -22,12 +22,8 @@ def accuracy(result, n=None):
     images of a batch at once, which share the norms. A worst case has a 't' where all of its
     attacks have one, an 's' where one of them has.
     """
-    few, of_all = result['num_examples'] < (n or 0), result.get(
-        'attack_settings', {result['attack']: result})
-    transferred = [is_transferred(name, settings, result['inference'])
-                   for name, settings in of_all.items() if name != 'clean']
-    mark = (' s' if shares_norms(result) else
-            ' t' if transferred and all(transferred) else '')
+    few = result['num_examples'] < (n or 0)
+    mark = ' s' if shares_norms(result) else ' t' if all_transferred(result) else ''
     return (share(result['accuracy'], result['interval']) + mark
             + (f' (n = {result["num_examples"]})' if few else ''))
 

@@ -56,6 +56,7 @@ from shaping import FORMS, MAX_GRADIENT_IMAGES, make_inference  # noqa: E402
 
 ATTACKS = ('fgsm', 'pgd', 'deepfool', 'apgd', 'square', 'cw', 'autoattack')  # with `pn`
 ATTACKS_WHERE_DRAWN = ('pgd_eot', 'square')
+OF_AUTOATTACK = ('apgd', 'square', 'autoattack')  # its repository's; Square is ART's where drawn
 
 
 def under_fresh_draws(inference, seed):
@@ -222,7 +223,7 @@ def attacks_of(name, model, data, config, inference):
                 tf.function(lambda x: model(x, training=False), reduce_retracing=True))
     if name in ('fgsm', 'pgd', 'pgd_eot'):
         library, public = 'foolbox', foolbox_attack(name, classify, settings)
-    elif name in ('apgd', 'square', 'autoattack') and not inference.is_random:
+    elif name in OF_AUTOATTACK and not inference.is_random:
         library, public = 'AutoAttack', autoattack_attack(
             name, classify, {**settings, 'num_classes': data.num_classes})
     else:
@@ -236,7 +237,10 @@ def attacks_of(name, model, data, config, inference):
 
 def import_libraries(names, drawn):
     """Raises UserError where what the chosen attacks come from is not there."""
-    if not drawn and {'apgd', 'square', 'autoattack'} & {*names}:
+    if not drawn and {*OF_AUTOATTACK} & {*names}:
+        if not flags.FLAGS.autoattack:
+            raise UserError('--autoattack is missing; expected the folder of a clone of fra31/'
+                            'auto-attack, or an --attack without apgd, square and autoattack')
         optional('torch', 'AutoAttack needs PyTorch')
         if not os.path.isdir(os.path.join(flags.FLAGS.autoattack, 'autoattack')):
             raise UserError(f'--autoattack {flags.FLAGS.autoattack} holds no folder autoattack; '
@@ -249,13 +253,11 @@ def main():
     config = config_from_flags()
     drawn = flags.FLAGS.inference in FORMS
     names = choice('attack', flags.FLAGS.attack, ATTACKS_WHERE_DRAWN if drawn else ATTACKS)
-    if {'apgd', 'square', 'autoattack'} & {*names} and not drawn and not flags.FLAGS.autoattack:
-        raise UserError('--autoattack is missing; expected the folder of a clone of fra31/'
-                        'auto-attack, or an --attack without apgd, square and autoattack')
+
     # The libraries and the output: fail now, not after the first attacks
     import_libraries(names, drawn)
     if flags.FLAGS.output:
-        check_writable(flags.FLAGS.output, '--output FILE in a folder that exists')
+        check_writable(flags.FLAGS.output, '--output FILE in a folder that can be written')
         os.makedirs(os.path.dirname(os.path.abspath(flags.FLAGS.output)), exist_ok=True)
 
     data = load_data(config, flags.FLAGS.download)

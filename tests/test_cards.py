@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import classify
-from cards import CLASSES, FIXTURE, ROOT, accuracies, folders, on_the_fixture
+from cards import CLASSES, FIXTURE, ROOT, ROUNDING, accuracies, folders, on_the_fixture
 from config import load_config
 from export import RECORDINGS, card_beside, read_recordings
 from model import build_model, find_checkpoint
@@ -22,7 +22,7 @@ def test_the_first_line_of_a_card_is_what_its_weights_answer(name):
     assert next(iter(card)) == 'fixture'
     *said, xent = card['fixture'].split()
     *found, value = on_the_fixture(os.path.join(ROOT, name)).split()
-    assert said == found and float(xent) == pytest.approx(float(value), abs=2e-4)
+    assert said == found and float(xent) == pytest.approx(float(value), abs=ROUNDING)
     assert load_config(os.path.join(ROOT, name, 'config.json'))['model_dir'] == name
     *_, group, model = name.split(os.sep)
     assert card['accuracy'] == accuracies(group, model) and card['model'] == model

@@ -12,7 +12,7 @@ from config import store_config
 from conftest import CHECKPOINT
 from eval import Removed, Request, evaluate_checkpoint
 from model import find_checkpoint
-from report import Outputs, all_transferred, identity, print_comparison, tag_settings
+from report import Outputs, identity, is_marked, print_comparison, tag_settings
 from running import UserError, arriving, results
 from running.results import add_results, check_writable, commit, provenance, read_results
 
@@ -369,9 +369,9 @@ def test_a_comparison_marks_transferred_worst_cases_of_older_versions():
     """Their rows have no flags."""
     of_pgd = {'attack_settings': {'clean': {'epsilon': 0.}, 'pgd': {'norms': 'pn'}}}
     worst = {'attack': 'worst in ball', 'inference': 'bn_shaping', **of_pgd}
-    assert all_transferred(worst) and not all_transferred({**worst, 'inference': 'pn'})
-    assert not all_transferred({**worst, 'flags': []})
-    assert not all_transferred({'attack': 'clean', 'inference': 'pn', 'epsilon': 0.})
+    assert is_marked(worst) and not is_marked({**worst, 'inference': 'pn'})
+    assert not is_marked({**worst, 'flags': []})
+    assert not is_marked({'attack': 'clean', 'inference': 'pn', 'epsilon': 0.})
 
 
 def test_a_checkpoint_that_the_training_removed_is_told_apart(
